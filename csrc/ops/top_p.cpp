@@ -1,0 +1,110 @@
+#include "csrc/ops/top_p.h"
+
+#include <ATen/Functions.h>
+#include <ATen/OpMathType.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "csrc/cpu/top_p.h"
+#include "csrc/ops/common/check.h"
+#ifdef RTPURBO_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
+#include "csrc/cuda/top_p.h"
+#include "csrc/ops/common/cuda_check.h"
+#endif
+
+namespace rtpurbo {
+namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Result check_and_allocate(const at::Tensor& scores, double p, int64_t min_members,
+                          const std::optional<at::Tensor>& forced_lse) {
+  constexpr const char* kOp = "top_p";
+  check_floating(kOp, "scores", scores);
+  check_tensor(kOp, "scores", scores, "[rows, N]", {kAnySize, kAnySize});
+  TORCH_CHECK_VALUE(scores.size(1) <= INT32_MAX,
+                    "rtpurbo::top_p: scores must have N <= 2^31 - 1, got ", scores.size(1));
+  TORCH_CHECK_VALUE(p > 0 && p <= 1, "rtpurbo::top_p: p must be in (0, 1], got ", p);
+  TORCH_CHECK_VALUE(min_members >= 0, "rtpurbo::top_p: min_members must be >= 0, got ",
+                    min_members);
+  const auto accum = at::toOpMathType(scores.scalar_type());
+  if (forced_lse) {
+    check_tensor(kOp, "forced_lse", *forced_lse, "[rows]", {scores.size(0)});
+    check_dtype(kOp, "forced_lse", *forced_lse, accum);
+    check_device(kOp, "forced_lse", *forced_lse, "scores", scores);
+  }
+  const auto ints = scores.options().dtype(at::kInt);
+  return {at::empty(scores.sizes(), ints), at::empty({scores.size(0)}, ints),
+          at::empty({scores.size(0)}, scores.options().dtype(accum))};
+}
+
+Result top_p_cpu(const at::Tensor& scores, double p, int64_t min_members,
+                 const std::optional<at::Tensor>& forced_lse, bool exact) {
+  Result result = check_and_allocate(scores, p, min_members, forced_lse);
+  auto& [indices, counts, mass] = result;
+  cpu::top_p_kernel({.dtype = scores.scalar_type(),
+                     .scores_ptr = scores.const_data_ptr(),
+                     .forced_lse_ptr = forced_lse ? forced_lse->const_data_ptr() : nullptr,
+                     .indices_ptr = indices.mutable_data_ptr<int32_t>(),
+                     .counts_ptr = counts.mutable_data_ptr<int32_t>(),
+                     .mass_ptr = mass.mutable_data_ptr(),
+                     .rows = scores.size(0),
+                     .n = scores.size(1),
+                     .scores_row_stride = scores.stride(0),
+                     .min_members = min_members,
+                     .p = p,
+                     .exact = exact});
+  return result;
+}
+
+#ifdef RTPURBO_WITH_CUDA
+Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
+                  const std::optional<at::Tensor>& forced_lse,
+                  bool /*exact: the exact set is inside the fast mode's bound*/) {
+  TORCH_CHECK_TYPE(
+      scores.scalar_type() != at::kDouble,
+      "rtpurbo::top_p: scores on CUDA must be float32, bfloat16 or float16, got float64; "
+      "convert with .float() or call it on the CPU");
+  Result result = check_and_allocate(scores, p, min_members, forced_lse);
+  auto& [indices, counts, mass] = result;
+  const c10::cuda::CUDAGuard guard(scores.device());
+  RTPURBO_CUDA_CHECK(
+      "top_p", cuda::launch_top_p(
+                   {.scores_type = cuda::element_type(scores.scalar_type()),
+                    .scores_ptr = scores.const_data_ptr(),
+                    .forced_lse_ptr = forced_lse ? forced_lse->const_data_ptr<float>() : nullptr,
+                    .indices_ptr = indices.mutable_data_ptr<int32_t>(),
+                    .counts_ptr = counts.mutable_data_ptr<int32_t>(),
+                    .mass_ptr = mass.mutable_data_ptr<float>(),
+                    .rows = scores.size(0),
+                    .n = scores.size(1),
+                    .scores_row_stride = scores.stride(0),
+                    .min_members = min_members,
+                    .p = p},
+                   c10::cuda::getCurrentCUDAStream()));
+  return result;
+}
+#endif
+
+}  // namespace
+
+Result top_p(const at::Tensor& scores, double p, int64_t min_members,
+             const std::optional<at::Tensor>& forced_lse, bool exact) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rtpurbo::top_p", "").typed<decltype(top_p)>();
+  return op.call(scores, p, min_members, forced_lse, exact);
+}
+
+TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
+  m.def(
+      "top_p(Tensor scores, float p, int min_members=0, Tensor? forced_lse=None, bool exact=True)"
+      " -> (Tensor indices, Tensor counts, Tensor mass)");
+}
+TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("top_p", &top_p_cpu); }
+#ifdef RTPURBO_WITH_CUDA
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) { m.impl("top_p", &top_p_cuda); }
+#endif
+
+}  // namespace rtpurbo
