@@ -15,8 +15,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kDigits = 2048;
-constexpr int kShifts[] = {21, 10, 0};
-constexpr int kWidths[] = {11, 11, 10};
+constexpr int kPasses = 3;
 
 using Fixed = unsigned long long;
 using ReduceFloat = cub::BlockReduce<float, kThreads>;
@@ -31,6 +30,10 @@ struct Pair {
   }
 };
 using ScanPair = cub::BlockScan<Pair, kThreads>;
+
+/// The 32 bits of a key are found as digits of 11, 11 and 10 bits.
+__device__ constexpr int digit_shift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
+__device__ constexpr int digit_width(int pass) { return pass == 2 ? 10 : 11; }
 
 /// Larger scores get larger keys.
 __device__ uint32_t ordered_key(float score) {
@@ -78,7 +81,7 @@ __global__ __launch_bounds__(kThreads) void top_p_kernel(TopPParams params, int 
     candidates += score != -INFINITY;
     top = fmaxf(top, score);
   }
-  top = ReduceFloat(temp.reduce_float).Reduce(top, cub::Max{});
+  top = ReduceFloat(temp.reduce_float).Reduce(top, [](float a, float b) { return fmaxf(a, b); });
   __syncthreads();
   candidates = ReduceInt(temp.reduce_int).Sum(candidates);
   __syncthreads();
@@ -106,7 +109,7 @@ __global__ __launch_bounds__(kThreads) void top_p_kernel(TopPParams params, int 
     if (thread == 0) threshold = {0, 0, forced_lse == -INFINITY ? 0 : weight(forced_lse), 0};
     Fixed target = 0;
     bool enough = false;
-    for (int pass = 0; pass < 3; ++pass) {
+    for (int pass = 0; pass < kPasses; ++pass) {
       for (int d = thread; d < kDigits; d += kThreads) {
         digit_mass[d] = 0;
         digit_count[d] = 0;
@@ -114,12 +117,12 @@ __global__ __launch_bounds__(kThreads) void top_p_kernel(TopPParams params, int 
       if (thread == 0) shared_digit = -1;
       __syncthreads();
       const Threshold before = threshold;
-      const uint32_t digit_mask = (1u << kWidths[pass]) - 1;
+      const uint32_t digit_mask = (1u << digit_width(pass)) - 1;
       for (int64_t i = thread; i < n; i += kThreads) {
         const float score = static_cast<float>(scores[i]);
         const uint32_t key = ordered_key(score);
         if (score == -INFINITY || (key & before.mask) != before.prefix) continue;
-        const uint32_t digit = (key >> kShifts[pass]) & digit_mask;
+        const uint32_t digit = (key >> digit_shift(pass)) & digit_mask;
         atomicAdd(&digit_mass[digit], weight(score));
         atomicAdd(&digit_count[digit], 1);
       }
@@ -153,8 +156,9 @@ __global__ __launch_bounds__(kThreads) void top_p_kernel(TopPParams params, int 
         const Pair next = reached + own[j];
         if (!was && own[j].count > 0 && next.mass >= target && next.count >= floor_count) {
           const uint32_t digit = kDigits - 1 - (thread * kPerThread + j);
-          threshold = {before.prefix | (digit << kShifts[pass]),
-                       before.mask | (digit_mask << kShifts[pass]), reached.mass, reached.count};
+          threshold = {before.prefix | (digit << digit_shift(pass)),
+                       before.mask | (digit_mask << digit_shift(pass)), reached.mass,
+                       reached.count};
           shared_digit = digit;
         }
         reached = next;

@@ -50,8 +50,7 @@ def test_equals_a_stable_sort(n, p, floor, forced, spread, seed):
         want = sorted_selection(scores[row], p, floor, forced)
         difference = set(got) ^ want
         assert len(difference) <= 1 and all(
-            abs(scores[row, i] - min(scores[row, j] for j in want | {i})) < 1e-5
-            for i in difference
+            abs(scores[row, i] - min(scores[row, j] for j in want | {i})) < 1e-5 for i in difference
         )
 
 

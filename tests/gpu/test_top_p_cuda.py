@@ -1,0 +1,93 @@
+"""top_p on CUDA against the CPU operator, which tests/ops holds against a stable sort."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from rtpurbo import ops
+
+
+def differences(scores: torch.Tensor, cpu: tuple, cuda: tuple) -> list[int]:
+    """Rows whose selections differ by more than one member beside the threshold."""
+    wrong = []
+    for row in range(scores.shape[0]):
+        a = set(cpu[0][row, : cpu[1][row]].tolist())
+        b = set(cuda[0][row, : cuda[1][row]].tolist())
+        allowed = a ^ b and len(a ^ b) <= 1 and (a < b or b < a)
+        if a != b and not allowed:
+            wrong.append(row)
+    return wrong
+
+
+@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_random_rows_equal_the_cpu(seed, dtype):
+    rng = random.Random(seed)
+    rows, n = rng.randint(1, 9), rng.choice([1, 2, 31, 511, 512, 513, 2047, 5000, 40_001])
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(rows, n + 13, generator=generator) * rng.choice([0.0, 0.3, 2, 30])
+    wide[torch.rand(rows, n + 13, generator=generator) < rng.choice([0, 0.1, 1.0])] = -math.inf
+    scores = wide.to(dtype)[:, 6 : 6 + n]
+    p, floor = rng.choice([1e-6, 0.3, 0.9, 0.999, 1.0]), rng.choice([0, 1, 64])
+    forced = torch.randn(rows, generator=generator) if rng.random() < 0.5 else None
+    cpu = ops.top_p(scores, p, floor, forced)
+    device = scores.cuda()
+    cuda = [t.cpu() for t in ops.top_p(device, p, floor, None if forced is None else forced.cuda())]
+    assert not differences(scores, cpu, cuda)
+    for row in range(rows):
+        count = int(cuda[1][row])
+        assert (cuda[0][row, count:] == -1).all()
+        assert cuda[0][row, :count].diff().gt(0).all()
+    assert torch.allclose(cpu[2], cuda[2], atol=2e-4)
+    assert (cuda[2] >= p - 1e-5).all()
+
+
+def test_twenty_runs_give_the_same_bits(cuda_device):
+    scores = torch.randn(5, 1_000_003, device=cuda_device) * 3
+    first = ops.top_p(scores, 0.9, 64)
+    for _ in range(20):
+        for a, b in zip(first, ops.top_p(scores, 0.9, 64), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_poison_and_empty_rows(cuda_device):
+    inf, nan = math.inf, math.nan
+    rows = torch.tensor([[-inf, -inf, -inf], [0, nan, -inf], [0, inf, -inf], [50, 0, 0]])
+    indices, counts, mass = ops.top_p(rows.to(cuda_device), 0.9)
+    assert counts.tolist() == [0, 2, 2, 1]
+    assert mass[0] == 1 and mass[1].isnan() and mass[2].isnan() and mass[3] == 1
+    assert indices[1].tolist() == [0, 1, -1]
+
+
+def test_beyond_2_to_the_31_elements(cuda_device):
+    rows, n = 2200, 1 << 20
+    scores = torch.zeros(1, n, device=cuda_device, dtype=torch.float16).expand(rows, n)
+    scores = scores.contiguous()
+    scores[-1, 123_456] = 30
+    indices, counts, _ = ops.top_p(scores, 0.5)
+    assert counts[-1] == 1 and indices[-1, 0] == 123_456
+    assert counts[0] == n // 2 and indices[0, n // 2 - 1] == n // 2 - 1
+
+
+def test_graph_capture_replays(cuda_device):
+    scores = torch.randn(4, 3000, device=cuda_device)
+    ops.top_p(scores, 0.9)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.top_p(scores, 0.9)
+    scores.copy_(torch.randn(4, 3000, device=cuda_device) * 5)
+    graph.replay()
+    for a, b in zip(captured, ops.top_p(scores, 0.9), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_float64_is_refused(cuda_device):
+    with pytest.raises(TypeError, match="on CUDA must be float32"):
+        ops.top_p(torch.zeros(1, 3, device=cuda_device, dtype=torch.float64), 0.5)
+
+
+def test_forced_lse_on_another_device_is_refused(cuda_device):
+    with pytest.raises(ValueError, match="forced_lse must be on the device of scores"):
+        ops.top_p(torch.zeros(1, 3, device=cuda_device), 0.5, 0, torch.zeros(1))
