@@ -1,4 +1,4 @@
-"""What is built: build info, the Catch2 tests and a C++ program that links the installed package."""
+"""What is built: build info, the Catch2 tests and a C++ program that links the package."""
 
 import subprocess
 import sys
