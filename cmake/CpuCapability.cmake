@@ -7,7 +7,7 @@ function(rtpurbo_add_cpu_kernels target)
   set(flags_AVX2 -mavx2 -mfma -mf16c)
   set(flags_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    list(APPEND flags_AVX512 -Wno-maybe-uninitialized)  # GCC bug 105593, in its own intrinsics
+    list(APPEND flags_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized)  # GCC bug 105593, in its own intrinsics
   endif()
   foreach(capability IN LISTS capabilities)
     set(library ${target}_${capability})

@@ -1,0 +1,88 @@
+#include "csrc/ops/common/heads.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "csrc/ops/common/check.h"
+
+namespace rtpurbo {
+
+int64_t count_full_heads(at::IntArrayRef retrieval_heads, int64_t group) {
+  int64_t full = 0;
+  int64_t previous = -1;
+  for (const int64_t head : retrieval_heads) {
+    full += head / group != previous;
+    previous = head / group;
+  }
+  return full;
+}
+
+std::vector<cpu::HeadSet> head_sets(at::IntArrayRef retrieval_heads, int64_t num_heads,
+                                    int64_t num_kv_heads, bool listed, bool split_cache) {
+  const int64_t group = num_heads / num_kv_heads;
+  std::vector<cpu::HeadSet> sets;
+  int64_t full = 0;
+  int64_t list = 0;
+  for (int64_t kv = 0; kv < num_kv_heads; ++kv) {
+    std::vector<int64_t> local;
+    std::vector<int64_t> retrieval;
+    for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
+      const bool retrieves =
+          std::binary_search(retrieval_heads.begin(), retrieval_heads.end(), head);
+      (retrieves ? retrieval : local).push_back(head);
+    }
+    const bool from_local = split_cache && retrieval.empty();
+    const int64_t place = !split_cache ? kv : from_local ? kv - full : full;
+    full += !retrieval.empty();
+    if (!local.empty()) {
+      sets.push_back({cpu::KeySet::kNear, from_local, place, -1, local, local});
+    }
+    if (retrieval.empty()) continue;
+    if (!listed) {
+      sets.push_back({cpu::KeySet::kVisible, false, place, -1, retrieval, retrieval});
+      continue;
+    }
+    for (const int64_t head : retrieval) {
+      sets.push_back({cpu::KeySet::kListed, false, place, list++, {head}, {head}});
+    }
+  }
+  return sets;
+}
+
+cpu::HeadsView heads_view(const at::Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
+          tensor.stride(2)};
+}
+
+const int64_t* start_ptr(const std::optional<at::Tensor>& tensor, at::Tensor& keep) {
+  if (!tensor) return nullptr;
+  keep = tensor->contiguous();
+  return keep.const_data_ptr<int64_t>();
+}
+
+void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+               const char* k_name, const char* v_name, int64_t heads) {
+  check_floating(op, "q", q);
+  check_tensor(op, "q", q, "[B, Hq, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  TORCH_CHECK_VALUE(q.size(3) > 0 && q.size(3) % 8 == 0, "rtpurbo::", op,
+                    ": q must have a head dim D that is a multiple of 8, got ", q.size(3));
+  check_tensor(op, k_name, k, "[B, heads, N, D]", {q.size(0), heads, kAnySize, q.size(3)});
+  check_tensor(op, v_name, v, "[B, heads, N, D]", {q.size(0), heads, k.size(2), q.size(3)});
+  for (const auto& [name, tensor] : {std::pair{k_name, &k}, std::pair{v_name, &v}}) {
+    check_dtype(op, name, *tensor, q.scalar_type());
+    check_device(op, name, *tensor, "q", q);
+  }
+  TORCH_CHECK_VALUE(heads == 0 || k.size(2) >= q.size(2), "rtpurbo::", op, ": ", k_name,
+                    " must hold at least the keys of the ", q.size(2),
+                    " query rows, got N = ", k.size(2),
+                    "; the rows of q are the last M of the N positions");
+}
+
+void check_mask(const char* op, int64_t window, int64_t sinks, double scale) {
+  TORCH_CHECK_VALUE(window >= 1, "rtpurbo::", op, ": window must be >= 1, got ", window);
+  TORCH_CHECK_VALUE(sinks >= 0, "rtpurbo::", op, ": sinks must be >= 0, got ", sinks);
+  TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "rtpurbo::", op,
+                    ": scale must be positive and finite (normally D^-0.5), got ", scale);
+}
+
+}  // namespace rtpurbo

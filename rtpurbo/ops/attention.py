@@ -1,0 +1,100 @@
+"""Headwise attention of prefill and training, with its gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rtpurbo.ops._library import rtpurbo_ops
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieval_heads: Sequence[int],
+    window: int,
+    sinks: int,
+    scale: float,
+    start: Tensor | None = None,
+    k_local: Tensor | None = None,
+    v_local: Tensor | None = None,
+    start_local: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    block_counts: Tensor | None = None,
+    tile: int = 128,
+    block_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, local heads over sinks and window, retrieval heads over everything.
+
+    Query row i stands at position m = N - M + i and sees keys start <= n <= m. Local heads see of
+    those n - start < sinks or m - n < window; retrieval heads see all, or the blocks listed.
+
+    Args:
+        q: [B, Hq, M, D], D a multiple of 8, last dimension contiguous; float32, float64, bfloat16
+            or float16.
+        k, v: [B, Hk, N, D] of q's dtype, N >= M; with k_local only the KV heads that hold a
+            retrieval head, in order.
+        retrieval_heads: ascending query heads.
+        window, sinks: >= 1 and >= 0.
+        scale: of the logits, D^-0.5 normally.
+        start: int64 [B], first real key of each sequence (left padding).
+        k_local, v_local: [B, L, Nl, D], the other KV heads of a headwise cache: sinks and latest
+            keys in order; the queries are the last M of its Nl positions. Forward only.
+        start_local: int64 [B], first real key in k_local.
+        block_indices: int32 [B, R, T, C], T = ceil(M / tile): ascending key blocks
+            (n // block_size) of each tile and retrieval head.
+        block_counts: int32 [B, R, T]; -1 makes the tile see all visible keys.
+
+    Returns:
+        out [B, Hq, M, D], stored as [B, M, Hq, D]; lse [B, Hq, M] float32 (float64 for float64),
+        not differentiable. A row that sees no key has out 0 and lse -inf.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, range, device or dtype.
+    """
+    return rtpurbo_ops.attention(
+        q,
+        k,
+        v,
+        retrieval_heads,
+        window,
+        sinks,
+        scale,
+        start,
+        k_local,
+        v_local,
+        start_local,
+        block_indices,
+        block_counts,
+        tile,
+        block_size,
+    )
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that the operators accumulate in: float64 for float64, otherwise float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("rtpurbo::attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    retrieval_heads: Sequence[int],
+    window: int,
+    sinks: int,
+    scale: float,
+    start: Tensor | None = None,
+    k_local: Tensor | None = None,
+    v_local: Tensor | None = None,
+    start_local: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    block_counts: Tensor | None = None,
+    tile: int = 128,
+    block_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, dim = q.shape
+    out = q.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    return out, q.new_empty((batch, heads, rows), dtype=accumulation_dtype(q))
