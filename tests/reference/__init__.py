@@ -1,0 +1,31 @@
+"""What every operator computes, in float64 and in plain PyTorch that may build N x N matrices.
+
+Each function takes the arguments of the operator of the same name and returns what it returns, with
+float64 in place of every floating dtype. Gradients come from autograd.
+"""
+
+from tests.reference.attention import attention
+from tests.reference.cache import cache_append, cache_append_index, cache_unroll
+from tests.reference.decode import decode
+from tests.reference.index_kl import index_kl
+from tests.reference.index_project import index_project
+from tests.reference.near_lse import near_lse
+from tests.reference.retrieval_scores import retrieval_scores
+from tests.reference.select import select
+from tests.reference.select_tiles import select_tiles
+from tests.reference.top_p import top_p
+
+__all__ = [
+    "attention",
+    "cache_append",
+    "cache_append_index",
+    "cache_unroll",
+    "decode",
+    "index_kl",
+    "index_project",
+    "near_lse",
+    "retrieval_scores",
+    "select",
+    "select_tiles",
+    "top_p",
+]

@@ -1,0 +1,48 @@
+"""The smallest set that holds a share p of the softmax mass: one sorted row at a time."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def top_p_row(
+    scores: Tensor, p: float, min_members: int, forced_lse: float
+) -> tuple[list[int], float]:
+    """Selected positions of one row, ascending, and the recovered share."""
+    candidates = [n for n, score in enumerate(scores.tolist()) if score != -math.inf]
+    values = torch.cat([scores[candidates], scores.new_tensor([forced_lse])])
+    if values.isnan().any() or (values == math.inf).any():
+        return candidates, math.nan
+    if values.max() == -math.inf:
+        return [], 1.0
+    weights = (values - values.max()).exp()
+    forced, total = weights[-1].item(), weights.sum().item()
+    order = scores[candidates].argsort(descending=True, stable=True).tolist()
+    chosen: list[int] = []
+    mass = forced
+    for member in order:
+        if p < 1 and mass >= p * total and len(chosen) >= min_members:
+            break
+        chosen.append(candidates[member])
+        mass += weights[member].item()
+    return sorted(chosen), mass / total
+
+
+def top_p(
+    scores: Tensor,
+    p: float,
+    min_members: int = 0,
+    forced_lse: Tensor | None = None,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, n = scores.shape
+    indices = torch.full((rows, n), -1, dtype=torch.int32)
+    counts = torch.zeros(rows, dtype=torch.int32)
+    mass = torch.ones(rows, dtype=torch.float64)
+    for row in range(rows):
+        forced = -math.inf if forced_lse is None else float(forced_lse[row])
+        chosen, mass[row] = top_p_row(scores[row].double(), p, min_members, forced)
+        indices[row, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        counts[row] = len(chosen)
+    return indices, counts, mass
