@@ -60,7 +60,7 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
   std::fill(bin_mass.begin(), bin_mass.end(), 0.0);
   std::fill(bin_count.begin(), bin_count.end(), 0);
   const auto bin_of = [top](double score) {
-    return std::min<int64_t>(kTopPBins - 1, static_cast<int64_t>((top - score) * kTopPBinsPerNat));
+    return static_cast<int64_t>(std::min((top - score) * kTopPBinsPerNat, kTopPBins - 1.0));
   };
   for (int64_t i = 0; i < n; ++i) {
     const double score = static_cast<double>(scores[i]);

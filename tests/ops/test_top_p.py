@@ -83,6 +83,15 @@ def test_corner_rows():
     assert indices[1].tolist() == [0, 1, -1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masked_with_the_lowest_finite_score(dtype):
+    low, high = torch.finfo(dtype).min, torch.finfo(dtype).max
+    rows = torch.tensor([[0, 1, low], [high, 1, low]], dtype=dtype)
+    indices, counts, _ = ops.top_p(rows, 0.99)
+    assert counts.tolist() == [2, 1]
+    assert indices.tolist() == [[0, 1, -1], [0, -1, -1]]
+
+
 def test_forced_mass_that_suffices_leaves_only_the_floor():
     scores = torch.tensor([[0.0, 2.0, 1.0]])
     assert ops.top_p(scores, 0.9, 0, torch.tensor([30.0]))[1].item() == 0
