@@ -2,5 +2,19 @@
 
 from rtpurbo import ops
 from rtpurbo._C import build_info
+from rtpurbo.cache import RTPurboCache
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.heads import HeadMap
+from rtpurbo.patching import is_sparse, restore, sparse, sparsify
 
-__all__ = ["build_info", "ops"]
+__all__ = [
+    "HeadMap",
+    "RTPurboCache",
+    "RTPurboConfig",
+    "build_info",
+    "is_sparse",
+    "ops",
+    "restore",
+    "sparse",
+    "sparsify",
+]

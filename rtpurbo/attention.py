@@ -1,0 +1,251 @@
+"""The run-time path of a sparse model: one page, from q, k, v of a layer to its output.
+
+| tokens in the cache | query rows | what runs |
+|---|---|---|
+| none | any | `ops.attention` on the given k and v, then append |
+| some | one | append, then `near_lse`, `select`, `decode` |
+| some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
+
+Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from rtpurbo import ops
+from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer
+from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
+
+IMPLEMENTATION = "rtpurbo"
+TILE = 128
+TILE_BLOCK = 64
+MIN_TILE_BLOCKS = 4
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface of transformers: q [B, Hq, M, D] to [B, M, Hq, D].
+
+    `attention_mask` is what `mask_forward` made: int64 [B], the first real key of each sequence.
+    """
+    context: LayerContext = module.__dict__[KEY]
+    _refuse(attention_mask, dropout, kwargs)
+    try:
+        if context.state.observer is not None:
+            context.state.observer(context, query.detach(), key.detach(), attention_mask)
+            out = _dense(query, key, value, attention_mask, scaling)
+        else:
+            out = _sparse(context, query, key, value, attention_mask, scaling)
+    finally:
+        context.release()
+    return out.transpose(1, 2), None
+
+
+def mask_forward(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask interface of transformers: the first real key of each sequence instead of a mask.
+
+    Returns:
+        int64 [B], or None if nothing is padded.
+
+    Raises:
+        ValueError: the mask is not left padding, or its length does not fit.
+        NotImplementedError: another mask than causal, packed sequences for example.
+    """
+    if mask_function is not causal_mask_function:
+        raise NotImplementedError(
+            "rtpurbo: only causal attention with left padding is available, got a custom mask or "
+            "packed sequences; pad them instead"
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch_size, kv_length):
+        raise ValueError(
+            f"rtpurbo: attention_mask must cover cached and new tokens, [{batch_size}, "
+            f"{kv_length}], got {list(attention_mask.shape)}"
+        )
+    real = attention_mask.bool()
+    start = kv_length - real.sum(-1)
+    positions = torch.arange(kv_length, device=real.device)
+    if not torch.equal(real, positions >= start[:, None]):
+        raise ValueError(
+            "rtpurbo: attention_mask must be left padding (zeros, then ones), got zeros after "
+            'ones; set tokenizer.padding_side = "left"'
+        )
+    return start if start.any() else None
+
+
+def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    if attention_mask is not None and attention_mask.dim() != 1:
+        raise NotImplementedError(
+            "rtpurbo: attention_mask must be a 2-D mask of left padding, got one of shape "
+            f"{list(attention_mask.shape)}"
+        )
+    if dropout:
+        raise NotImplementedError(
+            f"rtpurbo: attention dropout must be 0, got {dropout}; set "
+            "model.config.attention_dropout = 0 before building the model, or call model.eval()"
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise NotImplementedError("rtpurbo: the model's own sliding window must be off")
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> Tensor:
+    every_head = list(range(q.shape[1]))
+    return ops.attention(q, k, v, every_head, window=1, sinks=0, scale=scale, start=start)[0]
+
+
+def _sparse(
+    context: LayerContext, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float
+) -> Tensor:
+    cache = context.cache
+    if cache is None or cache.length == 0:
+        return _whole(context, q, k, v, start, scale)
+    _check_start(context, cache, start)
+    step = _decode if q.shape[2] == 1 else _chunk
+    with torch.no_grad():
+        out = step(context, cache, q, k, v, scale)
+    return NoBackward.apply(out, q, k, v) if torch.is_grad_enabled() else out
+
+
+def _whole(
+    context: LayerContext, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float
+) -> Tensor:
+    """A sequence without cached tokens: prefill and training."""
+    config = context.state.config
+    q_index, k_index = _project(context, needed=context.cache is not None)
+    lists = _tiles(context, q, k, context.owners, q_index, k_index, start, scale)
+    out, _ = ops.attention(
+        q, k, v, context.heads, config.window, config.sinks, scale, start,
+        block_indices=lists.indices, block_counts=lists.counts, tile=TILE, block_size=TILE_BLOCK,
+    )  # fmt: skip
+    if context.cache is not None:
+        context.cache.append(k.detach(), v.detach(), k_index, start)
+    return out
+
+
+def _chunk(
+    context: LayerContext, cache: HeadwiseLayer, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    """Further rows of a sequence whose beginning is cached."""
+    config = context.state.config
+    q_index, k_index = _project(context, needed=True)
+    k_local, v_local, start_local = cache.unroll(k, v)
+    cache.append(k, v, k_index, cache.start)
+    k_pages, v_pages = cache.pages()
+    keys = cache.index_keys() if context.heads else None
+    lists = _tiles(context, q, k_pages, context.page_heads, q_index, keys, cache.start, scale)
+    out, _ = ops.attention(
+        q, k_pages, v_pages, context.heads, config.window, config.sinks, scale, cache.start,
+        k_local=k_local, v_local=v_local, start_local=start_local,
+        block_indices=lists.indices, block_counts=lists.counts, tile=TILE, block_size=TILE_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def _decode(
+    context: LayerContext, cache: HeadwiseLayer, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    """One new token a sequence."""
+    config, heads, start = context.state.config, context.heads, cache.start
+    q_index, k_index = _project(context, needed=True)
+    cache.append(k, v, k_index, start)
+    k_pages, v_pages = cache.pages()
+    last = LastForward(1, cache.length, q.shape[0], start, scale, q=q)
+    if heads:
+        near = _near_lse(context, q, k_pages, context.page_heads, start, scale)
+        last.indices, last.counts, last.mass = ops.select(
+            q_index, cache.index_keys(), context.index.index_map, config.top_p,
+            config.near_window, config.sinks, config.min_tokens, block_size=config.block_size,
+            near_lse=near, offset=_offset(context), start=start,
+        )  # fmt: skip
+    local = bool(cache.layout.local_heads)
+    out, last.lse = ops.decode(
+        q, k_pages, v_pages, heads, cache.layout.ring_capacity - config.sinks, config.near_window,
+        config.sinks, scale, indices=last.indices, counts=last.counts,
+        block_size=config.block_size, k_local=cache.k_ring if local else None,
+        v_local=cache.v_ring if local else None, start=start, length=cache.length,
+    )  # fmt: skip
+    context.last = last
+    return out
+
+
+def _project(context: LayerContext, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Index queries [B, R, M, r] and index keys [B, Rk, M, r] of the new tokens, where used."""
+    if not context.heads or not (needed or context.state.config.prefill == "sparse"):
+        return None, None
+    q, k = context.q_pre, context.k_pre
+    assert q is not None and k is not None
+    index = context.index.to(q.device)
+    with torch.no_grad():
+        return ops.index_project(
+            q, k, index.w_q.to(q.dtype), index.w_k.to(k.dtype), context.heads, index.kv_heads,
+            dtype=INDEX_DTYPE,
+        )  # fmt: skip
+
+
+def _near_lse(
+    context: LayerContext, q: Tensor, k: Tensor, k_heads: list[int], start: Tensor | None,
+    scale: float,
+) -> Tensor | None:  # fmt: skip
+    config = context.state.config
+    if config.index == "full":
+        return None
+    return ops.near_lse(q, k, context.heads, k_heads, config.window, config.sinks, scale, start)
+
+
+def _offset(context: LayerContext) -> Tensor | None:
+    return context.index.offset if context.state.config.index == "beyond_window" else None
+
+
+def _tiles(
+    context: LayerContext, q: Tensor, k: Tensor, k_heads: list[int], q_index: Tensor | None,
+    k_index: Tensor | None, start: Tensor | None, scale: float,
+) -> LastForward:  # fmt: skip
+    """What retrieval heads see in prefill: block lists, or nothing where they run dense."""
+    config = context.state.config
+    last = context.last = LastForward(q.shape[2], k.shape[2], q.shape[0], start, scale)
+    if context.heads and config.prefill == "sparse":
+        index, q, k = context.index, q.detach(), k.detach()
+        last.indices, last.counts, last.mass = ops.select_tiles(
+            q_index, k_index, index.index_map, index.threshold, config.near_window, config.sinks,
+            max(MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK)), tile=TILE,
+            block_size=TILE_BLOCK, near_lse=_near_lse(context, q, k, k_heads, start, scale),
+            offset=_offset(context), start=start,
+        )  # fmt: skip
+    return last
+
+
+def _check_start(context: LayerContext, cache: HeadwiseLayer, start: Tensor | None) -> None:
+    """Once a forward: the padding must be what it was when the cache was first filled."""
+    if context.number != 0:
+        return
+    if not (start is None and cache.start is None):
+        zeros = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.k_pages.device)
+        known = zeros if cache.start is None else cache.start
+        if not torch.equal(known, zeros if start is None else start):
+            raise ValueError(
+                "rtpurbo: attention_mask must keep the left padding that the cached tokens had, "
+                f"{known.tolist()}, got {'none' if start is None else start.tolist()}"
+            )
