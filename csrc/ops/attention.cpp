@@ -17,35 +17,6 @@ constexpr const char* kOp = "attention";
 using Result = std::tuple<at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
 
-/// Checks the heads and returns the number of KV heads.
-int64_t check_heads_and_keys(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             at::IntArrayRef retrieval_heads, const MaybeTensor& start,
-                             const MaybeTensor& k_local, const MaybeTensor& v_local,
-                             const MaybeTensor& start_local) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4,
-                    "rtpurbo::attention: q and k must have shape [B, heads, length, D], got ",
-                    q.sizes(), " and ", k.sizes());
-  TORCH_CHECK_VALUE(k_local.has_value() == v_local.has_value(),
-                    "rtpurbo::attention: k_local and v_local must be given together");
-  TORCH_CHECK_VALUE(k_local || !start_local,
-                    "rtpurbo::attention: start_local needs k_local and v_local");
-  const int64_t kv_heads = k.size(1) + (k_local ? k_local->size(1) : 0);
-  TORCH_CHECK_VALUE(kv_heads > 0 && q.size(1) % kv_heads == 0,
-                    "rtpurbo::attention: q must have a multiple of the ", kv_heads,
-                    " KV heads, got Hq = ", q.size(1));
-  check_heads(kOp, "retrieval_heads", retrieval_heads, q.size(1));
-  check_qkv(kOp, q, k, v, "k", "v", k.size(1));
-  check_start(kOp, start, q.size(0), q);
-  if (k_local) {
-    const int64_t full = count_full_heads(retrieval_heads, q.size(1) / kv_heads);
-    TORCH_CHECK_VALUE(k.size(1) == full, "rtpurbo::attention: with k_local, k must hold the ", full,
-                      " KV heads that have a retrieval head, got ", k.size(1));
-    check_qkv(kOp, q, *k_local, *v_local, "k_local", "v_local", k_local->size(1));
-    check_start(kOp, start_local, q.size(0), q);
-  }
-  return kv_heads;
-}
-
 void check_blocks(const at::Tensor& q, int64_t lists, const MaybeTensor& block_indices,
                   const MaybeTensor& block_counts, int64_t tile, int64_t block_size) {
   TORCH_CHECK_VALUE(block_indices.has_value() == block_counts.has_value(),
@@ -71,7 +42,12 @@ Result attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                      const MaybeTensor& block_indices, const MaybeTensor& block_counts,
                      int64_t tile, int64_t block_size) {
   const int64_t kv_heads =
-      check_heads_and_keys(q, k, v, retrieval_heads, start, k_local, v_local, start_local);
+      check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
+  TORCH_CHECK_VALUE(k_local || !start_local,
+                    "rtpurbo::attention: start_local needs k_local and v_local");
+  check_start(kOp, start_local, q.size(0), q);
+  check_rows(kOp, q, k, "k");
+  if (k_local) check_rows(kOp, q, *k_local, "k_local");
   check_mask(kOp, window, sinks, scale);
   const int64_t lists = static_cast<int64_t>(retrieval_heads.size());
   check_blocks(q, lists, block_indices, block_counts, tile, block_size);

@@ -26,7 +26,8 @@ at::Tensor near_lse_cpu(const at::Tensor& q, const at::Tensor& k, at::IntArrayRe
                         const std::optional<at::Tensor>& start) {
   TORCH_CHECK_VALUE(k.dim() == 4, "rtpurbo::near_lse: k must have shape [B, Hk, N, D], got ",
                     k.sizes());
-  check_qkv(kOp, q, k, k, "k", "k", k.size(1));
+  check_qkv(kOp, q, k, k, "k", "k");
+  check_rows(kOp, q, k, "k");
   check_mask(kOp, window, sinks, scale);
   check_start(kOp, start, q.size(0), q);
   check_indices("q_heads", q_heads, q.size(1));

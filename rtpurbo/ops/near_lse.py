@@ -19,7 +19,7 @@ def near_lse(
     scale: float,
     start: Tensor | None = None,
 ) -> Tensor:
-    """log of the sum of exp(scale q_m . k_n) over the visible n with n - start < sinks or m - n < window.
+    """log sum exp(scale q_m . k_n) over visible n with n - start < sinks or m - n < window.
 
     Args:
         q: [B, Hq, M, D], D a multiple of 8, last dimension contiguous.

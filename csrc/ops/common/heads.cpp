@@ -7,6 +7,9 @@
 
 namespace rtpurbo {
 
+namespace {
+
+/// How many KV heads hold a retrieval head.
 int64_t count_full_heads(at::IntArrayRef retrieval_heads, int64_t group) {
   int64_t full = 0;
   int64_t previous = -1;
@@ -16,6 +19,8 @@ int64_t count_full_heads(at::IntArrayRef retrieval_heads, int64_t group) {
   }
   return full;
 }
+
+}  // namespace
 
 std::vector<cpu::HeadSet> head_sets(at::IntArrayRef retrieval_heads, int64_t num_heads,
                                     int64_t num_kv_heads, bool listed, bool split_cache) {
@@ -61,21 +66,47 @@ const int64_t* start_ptr(const std::optional<at::Tensor>& tensor, at::Tensor& ke
 }
 
 void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-               const char* k_name, const char* v_name, int64_t heads) {
+               const char* k_name, const char* v_name) {
   check_floating(op, "q", q);
   check_tensor(op, "q", q, "[B, Hq, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
   TORCH_CHECK_VALUE(q.size(3) > 0 && q.size(3) % 8 == 0, "rtpurbo::", op,
                     ": q must have a head dim D that is a multiple of 8, got ", q.size(3));
-  check_tensor(op, k_name, k, "[B, heads, N, D]", {q.size(0), heads, kAnySize, q.size(3)});
-  check_tensor(op, v_name, v, "[B, heads, N, D]", {q.size(0), heads, k.size(2), q.size(3)});
+  check_tensor(op, k_name, k, "[B, heads, N, D]", {q.size(0), kAnySize, kAnySize, q.size(3)});
+  check_tensor(op, v_name, v, "[B, heads, N, D]", {q.size(0), k.size(1), k.size(2), q.size(3)});
   for (const auto& [name, tensor] : {std::pair{k_name, &k}, std::pair{v_name, &v}}) {
     check_dtype(op, name, *tensor, q.scalar_type());
     check_device(op, name, *tensor, "q", q);
   }
-  TORCH_CHECK_VALUE(heads == 0 || k.size(2) >= q.size(2), "rtpurbo::", op, ": ", k_name,
-                    " must hold at least the keys of the ", q.size(2),
+}
+
+void check_rows(const char* op, const at::Tensor& q, const at::Tensor& k, const char* k_name) {
+  TORCH_CHECK_VALUE(k.size(1) == 0 || k.size(2) >= q.size(2), "rtpurbo::", op, ": ", k_name,
+                    " must hold at least the keys of the M = ", q.size(2),
                     " query rows, got N = ", k.size(2),
                     "; the rows of q are the last M of the N positions");
+}
+
+int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tensor& k,
+                             const at::Tensor& v, at::IntArrayRef retrieval_heads,
+                             const std::optional<at::Tensor>& start,
+                             const std::optional<at::Tensor>& k_local,
+                             const std::optional<at::Tensor>& v_local) {
+  TORCH_CHECK_VALUE(k_local.has_value() == v_local.has_value(), "rtpurbo::", op,
+                    ": k_local and v_local must be given together");
+  check_qkv(op, q, k, v, "k", "v");
+  if (k_local) check_qkv(op, q, *k_local, *v_local, "k_local", "v_local");
+  const int64_t kv_heads = k.size(1) + (k_local ? k_local->size(1) : 0);
+  TORCH_CHECK_VALUE(kv_heads > 0 && q.size(1) % kv_heads == 0, "rtpurbo::", op,
+                    ": q must have a multiple of the ", kv_heads,
+                    " KV heads, got Hq = ", q.size(1));
+  check_heads(op, "retrieval_heads", retrieval_heads, q.size(1));
+  check_start(op, start, q.size(0), q);
+  if (k_local) {
+    const int64_t full = count_full_heads(retrieval_heads, q.size(1) / kv_heads);
+    TORCH_CHECK_VALUE(k.size(1) == full, "rtpurbo::", op, ": with k_local, k must hold the ", full,
+                      " KV heads that have a retrieval head, got ", k.size(1));
+  }
+  return kv_heads;
 }
 
 void check_mask(const char* op, int64_t window, int64_t sinks, double scale) {

@@ -16,17 +16,25 @@ namespace rtpurbo {
 std::vector<cpu::HeadSet> head_sets(at::IntArrayRef retrieval_heads, int64_t num_heads,
                                     int64_t num_kv_heads, bool listed, bool split_cache);
 
-/// How many KV heads hold a retrieval head.
-int64_t count_full_heads(at::IntArrayRef retrieval_heads, int64_t group);
-
 cpu::HeadsView heads_view(const at::Tensor& tensor);
 
 /// The int64 data of a contiguous copy of `tensor`, which is kept alive in `keep`; null without it.
 const int64_t* start_ptr(const std::optional<at::Tensor>& tensor, at::Tensor& keep);
 
-/// Checks q [B, Hq, M, D], D % 8 == 0, and that k and v are [B, heads, N, D] alike; N >= M.
+/// Checks q [B, Hq, M, D], D % 8 == 0, and that k and v are alike [B, heads, N, D].
 void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-               const char* k_name, const char* v_name, int64_t heads);
+               const char* k_name, const char* v_name);
+
+/// Checks N >= M where k holds a head.
+void check_rows(const char* op, const at::Tensor& q, const at::Tensor& k, const char* k_name);
+
+/// Checks heads, q, k, v, start and the local pair against each other; returns how many KV heads
+/// there are in both together.
+int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tensor& k,
+                             const at::Tensor& v, at::IntArrayRef retrieval_heads,
+                             const std::optional<at::Tensor>& start,
+                             const std::optional<at::Tensor>& k_local,
+                             const std::optional<at::Tensor>& v_local);
 
 /// Checks window >= 1, sinks >= 0 and a positive finite scale.
 void check_mask(const char* op, int64_t window, int64_t sinks, double scale);

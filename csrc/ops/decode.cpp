@@ -1,0 +1,130 @@
+#include "csrc/ops/decode.h"
+
+#include <ATen/Functions.h>
+#include <ATen/OpMathType.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "csrc/cpu/decode.h"
+#include "csrc/ops/common/check.h"
+#include "csrc/ops/common/heads.h"
+
+namespace rtpurbo {
+namespace {
+
+constexpr const char* kOp = "decode";
+
+using Result = std::tuple<at::Tensor, at::Tensor>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+void check_lists(const at::Tensor& q, int64_t lists, const MaybeTensor& indices,
+                 const MaybeTensor& counts, int64_t block_size) {
+  TORCH_CHECK_VALUE(indices.has_value() == counts.has_value(),
+                    "rtpurbo::decode: indices and counts must be given together");
+  TORCH_CHECK_VALUE(block_size >= 1, "rtpurbo::decode: block_size must be >= 1, got ", block_size);
+  if (!indices) return;
+  check_tensor(kOp, "indices", *indices, "[B, R, 1, C]", {q.size(0), lists, 1, kAnySize});
+  check_tensor(kOp, "counts", *counts, "[B, R, 1]", {q.size(0), lists, 1});
+  check_dtype(kOp, "indices", *indices, at::kInt);
+  check_dtype(kOp, "counts", *counts, at::kInt);
+  check_device(kOp, "indices", *indices, "q", q);
+  check_device(kOp, "counts", *counts, "q", q);
+}
+
+/// Returns N.
+int64_t check_length(const at::Tensor& q, const at::Tensor& k, int64_t length) {
+  TORCH_CHECK_VALUE(q.size(2) == 1, "rtpurbo::decode: q must have one row, got M = ", q.size(2),
+                    "; use attention for more");
+  if (k.size(1) == 0) {
+    TORCH_CHECK_VALUE(length >= 1,
+                      "rtpurbo::decode: length must be the number of keys so far when no KV head "
+                      "is stored whole, got ",
+                      length);
+    return length;
+  }
+  TORCH_CHECK_VALUE(length == -1 || length == k.size(2),
+                    "rtpurbo::decode: length must be -1 or N = ", k.size(2), ", got ", length);
+  return k.size(2);
+}
+
+Result decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
+                  int64_t sinks, double scale, const MaybeTensor& indices,
+                  const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
+                  const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
+  const int64_t kv_heads =
+      check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
+  check_mask(kOp, window, sinks, scale);
+  TORCH_CHECK_VALUE(near_window >= 1, "rtpurbo::decode: near_window must be >= 1, got ",
+                    near_window);
+  const int64_t keys = check_length(q, k, length);
+  const int64_t lists = static_cast<int64_t>(retrieval_heads.size());
+  check_lists(q, lists, indices, counts, block_size);
+  if (k_local) {
+    TORCH_CHECK_VALUE(k_local->size(1) == 0 || k_local->size(2) == sinks + window,
+                      "rtpurbo::decode: k_local must have sinks + window = ", sinks + window,
+                      " slots, got ", k_local->size(2));
+  }
+
+  const at::Tensor out =
+      at::empty({q.size(0), 1, q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+  const at::Tensor lse =
+      at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::toOpMathType(q.scalar_type())));
+  const auto sets =
+      head_sets(retrieval_heads, q.size(1), kv_heads, indices.has_value(), k_local.has_value());
+  const at::Tensor members = indices ? indices->contiguous() : at::Tensor();
+  const at::Tensor member_counts = counts ? counts->contiguous() : at::Tensor();
+  at::Tensor start_kept;
+  cpu::decode_kernel({
+      .dtype = q.scalar_type(),
+      .q = heads_view(q),
+      .k = heads_view(k),
+      .v = heads_view(v),
+      .k_local = k_local ? heads_view(*k_local) : cpu::HeadsView{},
+      .v_local = v_local ? heads_view(*v_local) : cpu::HeadsView{},
+      .out = heads_view(out),
+      .lse_ptr = lse.mutable_data_ptr(),
+      .start_ptr = start_ptr(start, start_kept),
+      .indices_ptr = indices ? members.const_data_ptr<int32_t>() : nullptr,
+      .counts_ptr = counts ? member_counts.const_data_ptr<int32_t>() : nullptr,
+      .batch = q.size(0),
+      .heads = q.size(1),
+      .length = keys,
+      .slots = k_local ? k_local->size(2) : 0,
+      .dim = q.size(3),
+      .lists = lists,
+      .capacity = indices ? indices->size(3) : 0,
+      .block_size = block_size,
+      .window = std::min(window, keys),
+      .near_window = std::min(near_window, keys),
+      .sinks = std::min(sinks, keys),
+      .scale = scale,
+      .head_sets = &sets,
+  });
+  return {out, lse};
+}
+
+}  // namespace
+
+Result decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+              at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window, int64_t sinks,
+              double scale, const MaybeTensor& indices, const MaybeTensor& counts,
+              int64_t block_size, const MaybeTensor& k_local, const MaybeTensor& v_local,
+              const MaybeTensor& start, int64_t length) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rtpurbo::decode", "")
+                             .typed<decltype(decode)>();
+  return op.call(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices, counts,
+                 block_size, k_local, v_local, start, length);
+}
+
+TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
+  m.def(
+      "decode(Tensor q, Tensor k, Tensor v, int[] retrieval_heads, int window, int near_window,"
+      " int sinks, float scale, Tensor? indices=None, Tensor? counts=None, int block_size=1,"
+      " Tensor? k_local=None, Tensor? v_local=None, Tensor? start=None, int length=-1)"
+      " -> (Tensor out, Tensor lse)");
+}
+TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("decode", &decode_cpu); }
+
+}  // namespace rtpurbo
