@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("quick", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=300)
 
 

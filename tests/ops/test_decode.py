@@ -90,7 +90,9 @@ def test_errors_name_the_argument() -> None:
         ops.decode(torch.randn(1, 2, 2, 64), k, k, [1], 20, 20, 2, 0.125)
     with pytest.raises(ValueError, match="k_local must have sinks \\+ window = 22 slots, got 21"):
         ring = torch.randn(1, 1, 21, 64)
-        ops.decode(q, k[:, :0], k[:, :0], [], 20, 20, 2, 0.125, k_local=ring, v_local=ring, length=9)
+        ops.decode(
+            q, k[:, :0], k[:, :0], [], 20, 20, 2, 0.125, k_local=ring, v_local=ring, length=9
+        )
     with pytest.raises(ValueError, match="length must be the number of keys"):
         ring = torch.randn(1, 1, 22, 64)
         ops.decode(q, k[:, :0], k[:, :0], [], 20, 20, 2, 0.125, k_local=ring, v_local=ring)

@@ -1,7 +1,8 @@
 """What every operator computes, in float64 and in plain PyTorch that may build N x N matrices.
 
 Each function takes the arguments of the operator of the same name and returns what it returns, with
-float64 in place of every floating dtype. Gradients come from autograd.
+float64 in place of every floating dtype. Gradients come from autograd. The attention operators also
+compute in a low precision when `compute` names one, to show what error that precision makes.
 """
 
 from tests.reference.attention import attention

@@ -25,6 +25,7 @@ def attention(
     block_counts: Tensor | None = None,
     tile: int = 128,
     block_size: int = 64,
+    compute: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, rows, _ = q.shape
     kv_heads = k.shape[1] + (0 if k_local is None else k_local.shape[1])
@@ -57,7 +58,7 @@ def attention(
         else:
             seen = near(positions, keys.shape[1], first, window, sinks)
         out, lse = masked_attention(
-            q[:, head].double(), keys.double(), values.double(), seen, scale
+            q[:, head].to(compute), keys.to(compute), values.to(compute), seen, scale
         )
         outs.append(out)
         lses.append(lse)

@@ -25,6 +25,7 @@ def decode(
     v_local: Tensor | None = None,
     start: Tensor | None = None,
     length: int = -1,
+    compute: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, _, _ = q.shape
     kv_heads = k.shape[1] + (0 if k_local is None else k_local.shape[1])
@@ -53,7 +54,7 @@ def decode(
             else:
                 seen = near(position, total, start, window, sinks)
         out, lse = masked_attention(
-            q[:, head].double(), keys.double(), values.double(), seen, scale
+            q[:, head].to(compute), keys.to(compute), values.to(compute), seen, scale
         )
         outs.append(out)
         lses.append(lse[:, 0])

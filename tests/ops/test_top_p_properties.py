@@ -1,0 +1,73 @@
+"""select and top_p over random odd shapes: are the sets legal, large enough, smallest and in order.
+
+A set is judged on its own, so that rounding may move a member whose mass decides nothing.
+"""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rtpurbo import ops
+from tests.properties import ROUNDING
+
+
+def check_set(
+    scores: Tensor, forced: float, p: float, floor: int, chosen: list[int], mass: float
+) -> None:
+    """scores float64 [N] with -inf for non-candidates."""
+    candidates = [n for n, score in enumerate(scores.tolist()) if score > -math.inf]
+    assert chosen == sorted(set(chosen)) and set(chosen) <= set(candidates)
+    if not candidates and forced == -math.inf:
+        assert mass == 1
+        return
+    weights = torch.cat([scores, scores.new_tensor([forced])]).softmax(0)
+    share = weights[chosen].sum().item() + weights[-1].item()
+    assert abs(mass - share) < ROUNDING
+    assert share >= p - ROUNDING
+    assert len(chosen) >= min(floor, len(candidates))
+    if p == 1:
+        assert chosen == candidates
+        return
+    left = [n for n in candidates if n not in set(chosen)]
+    if not chosen:
+        return
+    last = min(chosen, key=lambda n: (scores[n].item(), -n))
+    if len(chosen) > floor:
+        assert share - weights[last].item() < p + ROUNDING
+    if left:
+        assert max(scores[left]) <= scores[last] + ROUNDING * max(1.0, scores[last].abs())
+        ties = [n for n in left if scores[n] == scores[last]]
+        assert not ties or min(ties) > last
+
+
+@given(
+    n=st.integers(1, 400),
+    rows=st.integers(1, 4),
+    p=st.floats(1e-6, 1.0),
+    floor=st.integers(0, 500),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 100.0, 1e6]),
+    levels=st.booleans(),
+    forced=st.none() | st.floats(-20, 20),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 10_000),
+)
+def test_top_p_sets(n, rows, p, floor, spread, levels, forced, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, n, generator=generator) * spread
+    if levels:
+        scores = scores.round()
+    scores = scores.to(dtype)
+    scores[torch.rand(rows, n, generator=generator) < 0.2] = -torch.inf
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    forced_lse = None if forced is None else torch.full((rows,), forced, dtype=accumulated)
+    scores[scores == torch.inf] = 0
+    indices, counts, mass = ops.top_p(scores, p, floor, forced_lse)
+    for row in range(rows):
+        count = int(counts[row])
+        assert (indices[row, count:] == -1).all()
+        outside = -math.inf if forced_lse is None else float(forced_lse[row])
+        chosen = indices[row, :count].tolist()
+        check_set(scores[row].double(), outside, p, floor, chosen, float(mass[row]))
