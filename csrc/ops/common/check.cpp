@@ -53,11 +53,11 @@ void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at:
 }
 
 void check_start(const char* op, const std::optional<at::Tensor>& start, int64_t batch,
-                 const at::Tensor& reference) {
+                 const at::Tensor& reference, const char* name) {
   if (!start) return;
-  check_tensor(op, "start", *start, "[B]", {batch});
-  check_dtype(op, "start", *start, at::kLong);
-  check_device(op, "start", *start, "q", reference);
+  check_tensor(op, name, *start, "[B]", {batch});
+  check_dtype(op, name, *start, at::kLong);
+  check_device(op, name, *start, "q", reference);
 }
 
 void check_heads(const char* op, const char* name, at::IntArrayRef heads, int64_t num_heads) {

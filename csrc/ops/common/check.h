@@ -27,9 +27,9 @@ void check_floating(const char* op, const char* name, const at::Tensor& tensor);
 /// Checks that the dtype is exactly `dtype`.
 void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype);
 
-/// Checks `start`, int64 [B] on `reference`'s device, when it is given.
+/// Checks `start` (or what `name` says), int64 [B] on `reference`'s device, when it is given.
 void check_start(const char* op, const std::optional<at::Tensor>& start, int64_t batch,
-                 const at::Tensor& reference);
+                 const at::Tensor& reference, const char* name = "start");
 
 /// Checks that the head numbers are strictly ascending and inside [0, num_heads).
 void check_heads(const char* op, const char* name, at::IntArrayRef heads, int64_t num_heads);
