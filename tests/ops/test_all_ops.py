@@ -35,6 +35,14 @@ def objective(outputs: tuple[Tensor, ...]) -> Tensor:
     return sum((t * torch.linspace(0.5, 1.5, t.numel()).view(t.shape)).sum() for t in terms)
 
 
+def results(sample: Sample, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Outputs, and gradients of the arguments that have one."""
+    leaves = [arguments[name].detach().requires_grad_() for name in sample.differentiable]
+    outputs = sample.outputs(arguments | dict(zip(sample.differentiable, leaves, strict=True)))
+    gradients = torch.autograd.grad(objective(outputs), leaves) if leaves else ()
+    return *(out.detach() for out in outputs), *gradients
+
+
 def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
@@ -108,18 +116,18 @@ def test_inputs_are_left_alone(sample):
 
 @each_sample
 def test_outputs_do_not_depend_on_fresh_memory(sample, request):
-    expected = sample.outputs(cloned(sample))
+    expected = results(sample, cloned(sample))
     request.getfixturevalue("poisoned_memory")
-    assert_same(sample.outputs(cloned(sample)), expected)
+    assert_same(results(sample, cloned(sample)), expected)
 
 
 @each_sample
 def test_bits_do_not_depend_on_threads_or_runs(sample):
-    expected = sample.outputs(cloned(sample))
+    expected = results(sample, cloned(sample))
     try:
         for run in range(20):
             torch.set_num_threads(1 + run % 3)
-            assert_same(sample.outputs(cloned(sample)), expected)
+            assert_same(results(sample, cloned(sample)), expected)
     finally:
         torch.set_num_threads(1)
 
@@ -140,10 +148,10 @@ def surrounded(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 @each_sample
 def test_strided_views_among_sentinels(sample):
-    expected = sample.outputs(cloned(sample))
+    expected = results(sample, cloned(sample))
     views = {name: surrounded(tensor) for name, tensor in sample.tensors().items()}
     arguments = sample.arguments | {name: view for name, (view, _) in views.items()}
-    assert_same(sample.outputs(arguments), expected)
+    assert_same(results(sample, arguments), expected)
     for name, (view, memory) in views.items():
         if name in sample.written:
             view.copy_(sample.arguments[name])
@@ -164,12 +172,17 @@ def test_one_sequence_shared_by_the_batch(sample):
     assert_same(sample.outputs(other | shared), sample.outputs(cloned(sample) | dense))
 
 
-@each_differentiable
-def test_gradients_through_strided_views(sample):
-    gradients = []
-    for make in (torch.clone, lambda tensor: surrounded(tensor)[0]):
-        arguments = sample.with_tensors(make)
-        leaves = [arguments[name].detach().requires_grad_() for name in sample.differentiable]
-        arguments |= dict(zip(sample.differentiable, leaves, strict=True))
-        gradients.append(torch.autograd.grad(objective(sample.outputs(arguments)), leaves))
-    assert_same(*gradients)
+@each_sample
+def test_offsets_beyond_two_billion_elements(sample, tmp_path):
+    """The second sequence lies 2^31 elements after the first, in a sparse file."""
+    distance = 2**31 + 64
+    memory = torch.from_file(
+        str(tmp_path / "memory"), shared=True, size=distance + 2**17, dtype=torch.float32
+    )
+    arguments, offset = cloned(sample), 0
+    for name, tensor in sample.tensors().items():
+        if tensor.dim() == 4 and tensor.dtype == torch.float32:
+            strides = distance, *arguments[name].stride()[1:]
+            arguments[name] = memory.as_strided(tensor.shape, strides, offset).copy_(tensor)
+            offset += tensor.numel()
+    assert_same(results(sample, arguments), results(sample, cloned(sample)))
