@@ -1,0 +1,98 @@
+"""Thresholds of the sparse prefill: the index mass at which the true mass reaches top_p.
+
+An index that ranks well may still misjudge mass, so a tile that stops at index mass top_p keeps
+more or less than top_p of the attention. Here the true mass of the lists is measured on rows of
+held-out sequences, as exp(LSE over the listed blocks - LSE over all keys), and every head gets the
+least threshold whose mean true mass is top_p.
+"""
+
+import torch
+from torch import Tensor
+
+from rtpurbo import ops
+from rtpurbo.attention import MIN_TILE_BLOCKS, TILE, TILE_BLOCK
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.context import LayerContext
+from rtpurbo.index import Index
+
+_THRESHOLDS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
+_TILES = 8
+
+
+class Calibration:
+    """Collects, per layer, the true mass and density [thresholds, R] of the tiles it is shown."""
+
+    def __init__(self, config: RTPurboConfig, index: Index):
+        self._config = config
+        self._index = index
+        self._sums: dict[int, Tensor] = {}
+        self._calls: dict[int, int] = {}
+
+    def observe(self, context: LayerContext, q: Tensor, k: Tensor) -> None:
+        """Measures the last tiles of a sequence, at most 8 and in its second half."""
+        length = q.shape[2]
+        rows = min(_TILES, length // (2 * TILE)) * TILE
+        if rows == 0:
+            return
+        config, layer = self._config, context.index
+        heads = list(range(len(layer.heads)))
+        q, k = q[:, layer.heads, -rows:], k[:, context.owners]
+        near = (config.near_window, config.sinks)
+        scale = context.module.scaling
+        q_pre, k_pre = context.q_pre, context.k_pre
+        assert q_pre is not None and k_pre is not None
+        q_index, k_index = ops.index_project(
+            q_pre[:, :, -rows:].float(),
+            k_pre.float(),
+            layer.w_q,
+            layer.w_k,
+            layer.heads,
+            layer.kv_heads,
+        )
+        beyond = config.index == "beyond_window"
+        lse = ops.near_lse(q, k, heads, heads, *near, scale) if beyond else None
+        dense_lse = ops.attention(q, k, k, heads, *near, scale)[1]
+        position = torch.arange(length - rows, length, TILE, device=q.device) + TILE - 1
+        visible = position // TILE_BLOCK + 1
+        measured = []
+        for threshold in _THRESHOLDS:
+            blocks, counts, _ = ops.select_tiles(
+                q_index,
+                k_index,
+                layer.index_map,
+                torch.full_like(layer.threshold, threshold),
+                *near,
+                max(MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK)),
+                TILE,
+                TILE_BLOCK,
+                lse,
+                layer.offset if beyond else None,
+            )
+            kept = ops.attention(
+                q, k, k, heads, *near, scale, block_indices=blocks, block_counts=counts
+            )[1]
+            mass = (kept - dense_lse).exp().mean(-1)[0]
+            listed = torch.where(counts < 0, visible, counts)[0]
+            measured.append(torch.stack([mass, (listed / visible).mean(-1)]))
+        sums = torch.stack(measured)
+        self._sums[context.number] = self._sums.get(context.number, 0) + sums
+        self._calls[context.number] = self._calls.get(context.number, 0) + 1
+
+    def store(self) -> dict[str, float]:
+        """Sets the thresholds; returns mean true mass and density of blocks at them."""
+        masses, densities = [], []
+        for number, sums in self._sums.items():
+            mass, density = (sums / self._calls[number]).unbind(1)
+            enough = mass >= self._config.top_p
+            enough[-1] = True
+            first = enough.int().argmax(0, keepdim=True)
+            grid = torch.tensor(_THRESHOLDS, device=mass.device)
+            self._index.layers[number].threshold.copy_(grid[first[0]])
+            masses.append(mass.gather(0, first)[0])
+            densities.append(density.gather(0, first)[0])
+        if not masses:
+            return {}
+        return {
+            "tile_true_mass": float(torch.cat(masses).mean()),
+            "tile_density": float(torch.cat(densities).mean()),
+        }

@@ -1,0 +1,220 @@
+"""Training checkpoints: safetensors and JSON in a folder that appears whole or not at all.
+
+    checkpoint-00000100/
+        parameters.safetensors   what is trained
+        optimizer.safetensors    exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+        rng-00000.safetensors    the random state of each process
+        state.json               format version, step, the run's identity, sha256 of every file
+
+A folder is written beside its place and renamed into it; two are kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+_KEPT = 2
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run resumes from."""
+
+    step: int
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    extra: dict[str, Any]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file so that readers see the old one or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """Writes a safetensors file atomically."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, scratch, metadata=metadata)
+    _sync(scratch)
+    scratch.replace(path)
+
+
+def read_json(path: Path, what: str, version: int) -> dict[str, Any]:
+    """Reads a JSON file with a `format_version`, refusing what is newer or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"rtpurbo: {what} {path} is missing or damaged ({error})") from error
+    if not isinstance(found, int) or found > version:
+        raise ValueError(
+            f"rtpurbo: {what} {path} has format version {found}, this rtpurbo reads up to "
+            f"{version}; upgrade rtpurbo"
+        )
+    return content
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The state of an optimizer whose parameters, in order, have these names."""
+    flat = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            flat[f"{key}.{names[index]}"] = value
+    return flat
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], flat: dict[str, Tensor]
+) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    place = {name: index for index, name in enumerate(names)}
+    for key, value in flat.items():
+        field, name = key.split(".", 1)
+        state.setdefault(place[name], {})[field] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class CheckpointFolder:
+    """The checkpoints of one run under `output_dir`.
+
+    Args:
+        identity: what must be the same for a run to go on: task, schedule, data, seed.
+        rank, world: this process among those of the run. Every process writes its random state,
+            the first one all else.
+    """
+
+    def __init__(self, output_dir: Path, identity: dict[str, Any], rank: int = 0, world: int = 1):
+        self._output_dir = output_dir
+        self._identity = {**identity, "processes": world}
+        self._rank = rank
+        self._world = world
+
+    def begin(self, step: int) -> Path:
+        """The scratch folder of a checkpoint; `add_rng` and `finish` fill it."""
+        scratch = self._output_dir / f".{_PREFIX}{step:08d}"
+        if self._rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        return scratch
+
+    def add_rng(self, scratch: Path, state: dict[str, Tensor]) -> None:
+        write_tensors(scratch / f"rng-{self._rank:05d}.safetensors", state)
+
+    def finish(
+        self,
+        scratch: Path,
+        step: int,
+        parameters: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        extra: dict[str, Any],
+    ) -> Path:
+        """First process: writes the rest, puts the folder in place and drops the oldest."""
+        write_tensors(scratch / "parameters.safetensors", parameters)
+        write_tensors(scratch / "optimizer.safetensors", optimizer)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "identity": self._identity,
+            "extra": extra,
+            "sha256": {file.name: sha256_of(file) for file in sorted(scratch.iterdir())},
+        }
+        write_json(scratch / "state.json", content)
+        place = self._output_dir / f"{_PREFIX}{step:08d}"
+        shutil.rmtree(place, ignore_errors=True)
+        scratch.rename(place)
+        _sync(self._output_dir)
+        for old in self._complete()[:-_KEPT]:
+            shutil.rmtree(old)
+        return place
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint, or None where there is none.
+
+        Raises:
+            ValueError: it is damaged, from a newer rtpurbo, or belongs to a different run.
+        """
+        complete = self._complete()
+        if not complete:
+            return None
+        folder = complete[-1]
+        content = read_json(folder / "state.json", "checkpoint", FORMAT_VERSION)
+        _check_files(folder, content.get("sha256"))
+        _check_identity(folder, content.get("identity", {}), json.loads(json.dumps(self._identity)))
+        return Checkpoint(
+            step=content["step"],
+            parameters=load_file(folder / "parameters.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            rng=load_file(folder / f"rng-{self._rank:05d}.safetensors"),
+            extra=content["extra"],
+        )
+
+    def _complete(self) -> list[Path]:
+        return sorted(path for path in self._output_dir.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def _check_files(folder: Path, hashes: Any) -> None:
+    if not isinstance(hashes, dict) or "parameters.safetensors" not in hashes:
+        raise ValueError(f"rtpurbo: checkpoint {folder} lists no files; it is damaged, delete it")
+    for name, expected in hashes.items():
+        file = folder / name
+        if not file.is_file() or sha256_of(file) != expected:
+            raise ValueError(
+                f"rtpurbo: checkpoint file {file} is missing, truncated or changed since it was "
+                f"written; delete {folder} to go on from the one before"
+            )
+
+
+def _check_identity(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    different = sorted(
+        key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)
+    )
+    if different:
+        details = ", ".join(f"{key}: {found.get(key)} -> {expected.get(key)}" for key in different)
+        raise ValueError(
+            f"rtpurbo: checkpoint {folder} belongs to another run ({details}); "
+            "choose another output_dir, or repeat the arguments of that run to go on"
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
