@@ -5,7 +5,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <array>
-#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -49,17 +49,39 @@ void copy_row(const From* source, To* destination, int64_t size) {
   }
 }
 
+/// Whether no element of the row is inf or NaN.
+template <typename S>
+bool is_finite(const S* row, int64_t size) {
+  using Vec = at::vec::Vectorized<at::opmath_type<S>>;
+  using Source = at::vec::Vectorized<S>;
+  Vec sum(0);
+  int64_t i = 0;
+  for (; i + Source::size() <= size; i += Source::size()) {
+    if constexpr (sizeof(S) == 2) {
+      const auto [low, high] = at::vec::convert_to_float(Source::loadu(row + i));
+      sum = sum + ((low - low) + (high - high));
+    } else {
+      const auto x = Source::loadu(row + i);
+      sum = sum + (x - x);
+    }
+  }
+  bool finite = sum.zero_mask() == (1 << Vec::size()) - 1;
+  for (; i < size; ++i) finite &= std::isfinite(static_cast<at::opmath_type<S>>(row[i]));
+  return finite;
+}
+
+inline constexpr int64_t kPackedGroup = 16;
+
 /// Packs `count` rows of `size` elements as the transposed B operand [size, count] of gemm<T>, with
-/// row length ldb. row(i) is the address of row i.
+/// row length ldb. row(i) is the address of row i; `staging` holds kPackedGroup rows.
 template <typename T, typename RowAt>
 void pack_transposed(const RowAt& row, int64_t count, int64_t size, T* packed, int64_t ldb,
                      T* staging) {
   using Unit =
       std::conditional_t<kPairedRows<T>, float, T>;  // a pair of 16-bit elements moves as one
   const int64_t units = size * sizeof(T) / sizeof(Unit);
-  constexpr int64_t kGroup = 16;
-  for (int64_t i = 0; i < count; i += kGroup) {
-    const int64_t group = std::min(kGroup, count - i);
+  for (int64_t i = 0; i < count; i += kPackedGroup) {
+    const int64_t group = std::min(kPackedGroup, count - i);
     for (int64_t g = 0; g < group; ++g) copy_row(row(i + g), staging + g * size, size);
     at::vec::transpose_mxn<Unit>(reinterpret_cast<const Unit*>(staging), units,
                                  reinterpret_cast<Unit*>(packed) + i, ldb, static_cast<int>(group),
@@ -91,6 +113,14 @@ void pack_rows(const RowAt& row, int64_t count, int64_t padded, int64_t size, T*
     for (int64_t i = 0; i < count; ++i) copy_row(row(i), packed + i * size, size);
     std::memset(packed + count * size, 0, (padded - count) * size * sizeof(T));
   }
+}
+
+/// Zeroes row i of a B operand that pack_rows made.
+template <typename T>
+void clear_packed_row(T* packed, int64_t i, int64_t size) {
+  constexpr int64_t kRows = kPairedRows<T> ? 2 : 1;
+  T* first = packed + i / kRows * kRows * size + i % kRows;
+  for (int64_t d = 0; d < size; ++d) first[d * kRows] = T(0);
 }
 
 }  // namespace rtpurbo::cpu::CPU_CAPABILITY
