@@ -56,7 +56,9 @@ def load_smollm2_32k(
     `asset_dir` holds the two LoRA files, `gguf_dir` the GGUF file (see `fetch_smollm2`). The result
     is an ordinary Llama model: it can be saved and loaded like any other.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF_FILE, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf_dir, gguf_file=GGUF_FILE, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF_FILE)
     config = model.config
     model.hf_quantizer = None

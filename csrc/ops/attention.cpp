@@ -17,24 +17,6 @@ constexpr const char* kOp = "attention";
 using Result = std::tuple<at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
 
-void check_blocks(const at::Tensor& q, int64_t lists, const MaybeTensor& block_indices,
-                  const MaybeTensor& block_counts, int64_t tile, int64_t block_size) {
-  TORCH_CHECK_VALUE(block_indices.has_value() == block_counts.has_value(),
-                    "rtpurbo::attention: block_indices and block_counts must be given together");
-  TORCH_CHECK_VALUE(tile >= 1, "rtpurbo::attention: tile must be >= 1, got ", tile);
-  TORCH_CHECK_VALUE(block_size >= 1, "rtpurbo::attention: block_size must be >= 1, got ",
-                    block_size);
-  if (!block_indices) return;
-  const int64_t tiles = (q.size(2) + tile - 1) / tile;
-  check_tensor(kOp, "block_indices", *block_indices, "[B, R, T, C]",
-               {q.size(0), lists, tiles, kAnySize});
-  check_tensor(kOp, "block_counts", *block_counts, "[B, R, T]", {q.size(0), lists, tiles});
-  check_dtype(kOp, "block_indices", *block_indices, at::kInt);
-  check_dtype(kOp, "block_counts", *block_counts, at::kInt);
-  check_device(kOp, "block_indices", *block_indices, "q", q);
-  check_device(kOp, "block_counts", *block_counts, "q", q);
-}
-
 Result attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      at::IntArrayRef retrieval_heads, int64_t window, int64_t sinks, double scale,
                      const MaybeTensor& start, const MaybeTensor& k_local,
@@ -50,7 +32,7 @@ Result attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   if (k_local) check_rows(kOp, q, *k_local, "k_local");
   check_mask(kOp, window, sinks, scale);
   const int64_t lists = static_cast<int64_t>(retrieval_heads.size());
-  check_blocks(q, lists, block_indices, block_counts, tile, block_size);
+  check_blocks(kOp, q, lists, block_indices, block_counts, tile, block_size);
 
   const at::Tensor out =
       at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);

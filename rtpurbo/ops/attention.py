@@ -1,6 +1,7 @@
 """Headwise attention of prefill and training, with its gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,3 +99,56 @@ def _(
     batch, heads, rows, dim = q.shape
     out = q.new_empty((batch, rows, heads, dim)).transpose(1, 2)
     return out, q.new_empty((batch, heads, rows), dtype=accumulation_dtype(q))
+
+
+@torch.library.register_fake("rtpurbo::attention_backward")
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    retrieval_heads: Sequence[int],
+    window: int,
+    sinks: int,
+    scale: float,
+    start: Tensor | None,
+    block_indices: Tensor | None,
+    block_counts: Tensor | None,
+    tile: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def empty_like_heads(tensor: Tensor) -> Tensor:
+        return torch.empty_like(
+            tensor.transpose(1, 2), memory_format=torch.contiguous_format
+        ).transpose(1, 2)
+
+    return empty_like_heads(q), empty_like_heads(k), empty_like_heads(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, heads, window, sinks, scale, start, k_local, _, _, blocks, counts, tile, block = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, start, blocks, counts)
+    ctx.mask = (list(heads), window, sinks, scale)
+    ctx.blocks = (tile, block)
+    ctx.headwise = k_local is not None
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.headwise:
+        raise NotImplementedError(
+            "rtpurbo::attention: k_local is forward only; train without a headwise cache"
+        )
+    q, k, v, out, lse, start, blocks, counts = ctx.saved_tensors
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grads = rtpurbo_ops.attention_backward(
+        grad_out, q, k, v, out, lse, *ctx.mask, start, blocks, counts, *ctx.blocks
+    )
+    return (*grads, *[None] * 12)
+
+
+torch.library.register_autograd("rtpurbo::attention", _backward, setup_context=_setup_context)

@@ -109,6 +109,25 @@ int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tens
   return kv_heads;
 }
 
+void check_blocks(const char* op, const at::Tensor& q, int64_t lists,
+                  const std::optional<at::Tensor>& block_indices,
+                  const std::optional<at::Tensor>& block_counts, int64_t tile, int64_t block_size) {
+  TORCH_CHECK_VALUE(block_indices.has_value() == block_counts.has_value(), "rtpurbo::", op,
+                    ": block_indices and block_counts must be given together");
+  TORCH_CHECK_VALUE(tile >= 1, "rtpurbo::", op, ": tile must be >= 1, got ", tile);
+  TORCH_CHECK_VALUE(block_size >= 1, "rtpurbo::", op, ": block_size must be >= 1, got ",
+                    block_size);
+  if (!block_indices) return;
+  const int64_t tiles = (q.size(2) + tile - 1) / tile;
+  check_tensor(op, "block_indices", *block_indices, "[B, R, T, C]",
+               {q.size(0), lists, tiles, kAnySize});
+  check_tensor(op, "block_counts", *block_counts, "[B, R, T]", {q.size(0), lists, tiles});
+  check_dtype(op, "block_indices", *block_indices, at::kInt);
+  check_dtype(op, "block_counts", *block_counts, at::kInt);
+  check_device(op, "block_indices", *block_indices, "q", q);
+  check_device(op, "block_counts", *block_counts, "q", q);
+}
+
 void check_mask(const char* op, int64_t window, int64_t sinks, double scale) {
   TORCH_CHECK_VALUE(window >= 1, "rtpurbo::", op, ": window must be >= 1, got ", window);
   TORCH_CHECK_VALUE(sinks >= 0, "rtpurbo::", op, ": sinks must be >= 0, got ", sinks);

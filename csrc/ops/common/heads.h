@@ -36,6 +36,11 @@ int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tens
                              const std::optional<at::Tensor>& k_local,
                              const std::optional<at::Tensor>& v_local);
 
+/// Checks tile, block_size and the block lists [B, R, T, C], [B, R, T] of attention.
+void check_blocks(const char* op, const at::Tensor& q, int64_t lists,
+                  const std::optional<at::Tensor>& block_indices,
+                  const std::optional<at::Tensor>& block_counts, int64_t tile, int64_t block_size);
+
 /// Checks window >= 1, sinks >= 0 and a positive finite scale.
 void check_mask(const char* op, int64_t window, int64_t sinks, double scale);
 
