@@ -40,8 +40,10 @@ def attention_forward(
     """The attention interface of transformers: q [B, Hq, M, D] to [B, M, Hq, D].
 
     `attention_mask` is what `mask_forward` made: int64 [B], the first real key of each sequence.
+    Under autocast RoPE leaves q and k wider than v; they are rounded back.
     """
     context: LayerContext = module.__dict__[KEY]
+    query, key = query.to(value.dtype), key.to(value.dtype)
     _refuse(attention_mask, dropout, kwargs)
     try:
         if context.state.observer is not None:
