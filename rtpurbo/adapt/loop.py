@@ -66,10 +66,12 @@ class Schedule:
             raise ValueError(f"rtpurbo.adapt: lr must be positive, got {self.lr}")
 
     def rate(self, step: int) -> float:
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
         if self.decay == "constant":
-            return self.lr * rise
-        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            return self.lr
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass
@@ -126,12 +128,13 @@ class Loop:
             from accelerate import Accelerator
         except ImportError as error:
             raise ImportError("rtpurbo: training needs `pip install rtpurbo[train]`") from error
+        if mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"rtpurbo.adapt: mixed_precision must be 'no' or 'bf16', got {mixed_precision!r}"
+            )
         if checkpoint_every < 1:
             raise ValueError(f"rtpurbo.adapt: checkpoint_every must be >= 1: {checkpoint_every}")
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision=mixed_precision,
-        )
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
         world = self.accelerator.num_processes
         if schedule.batch_size % world:
             raise ValueError(
@@ -142,6 +145,7 @@ class Loop:
         self._schedule = schedule
         self._samples = samples
         self._device = device
+        self._bf16 = mixed_precision == "bf16"
         self._seed = seed
         self._every = checkpoint_every
         self.shows_progress = progress and self.accelerator.is_main_process
@@ -153,6 +157,10 @@ class Loop:
             self._folder = ckpt.CheckpointFolder(
                 self.output_dir, whole, self.accelerator.process_index, world
             )
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes; accelerate's own is fixed once for a process."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
 
     def latest(self) -> ckpt.Checkpoint | None:
         return self._folder.latest() if self._folder else None
@@ -168,14 +176,12 @@ class Loop:
             weight_decay=self._schedule.weight_decay,
         )
         first = 0
-        torch.manual_seed(self._seed + self.accelerator.process_index)
         if resume is not None:
             first = resume.step
             with torch.no_grad():
                 for name, leaf in task.parameters.items():
                     leaf.copy_(resume.parameters[name])
             ckpt.load_optimizer_tensors(optimizer, names, resume.optimizer)
-            ckpt.set_rng_state(resume.rng, self._device)
 
         result = TrainResult(
             steps=first,
@@ -185,7 +191,7 @@ class Loop:
         began = time.perf_counter()
         total = self._schedule.steps
         progress = Progress(self._name, total, first, self.shows_progress)
-        with self._metrics_file(first) as log, progress:
+        with self._own_randomness(resume), self._metrics_file(first) as log, progress:
             for step in range(first, total):
                 figures = self._step(task, optimizer, leaves, step)
                 result.steps = step + 1
@@ -265,6 +271,15 @@ class Loop:
             state = ckpt.optimizer_tensors(optimizer, names)
             self._folder.finish(scratch, step, task.parameters, state, extra)
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _own_randomness(self, resume: ckpt.Checkpoint | None) -> Iterator[None]:
+        """Torch's generators follow the seed or the checkpoint, and are put back afterwards."""
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(self._seed + self.accelerator.process_index)
+            if resume is not None:
+                ckpt.set_rng_state(resume.rng, self._device)
+            yield
 
     @contextmanager
     def _metrics_file(self, first: int) -> Iterator[Callable[[dict[str, Any]], None]]:

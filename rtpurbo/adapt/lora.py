@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -15,10 +16,12 @@ class Adapter:
 
     Args:
         lora: None (all weights), a rank, or a `peft.LoraConfig`.
+        seed: of the adapter's initial values.
     """
 
-    def __init__(self, model: Any, lora: Any):
+    def __init__(self, model: Any, lora: Any, seed: int):
         self._model = model
+        self._seed = seed
         self._config = _lora_config(lora)
         self._wrapped: Any = None
 
@@ -41,7 +44,9 @@ class Adapter:
         else:
             import peft
 
-            self._wrapped = peft.get_peft_model(self._model, self._config)
+            with torch.random.fork_rng():
+                torch.manual_seed(self._seed)
+                self._wrapped = peft.get_peft_model(self._model, self._config)
         return self
 
     def parameters(self) -> dict[str, Tensor]:

@@ -84,15 +84,18 @@ class Samples:
             )
         return tokens.to(torch.int64).cpu()
 
-    def check_vocabulary(self, size: int) -> None:
-        """Raises ValueError where a token id lies outside [0, size)."""
+    def lengths(self, vocabulary: int) -> list[int]:
+        """The length of every sequence; ValueError where an id lies outside [0, vocabulary)."""
+        found = []
         for i in range(len(self)):
             tokens = self[i].tokens
-            if int(tokens.min()) < 0 or int(tokens.max()) >= size:
+            found.append(len(tokens))
+            if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
                 raise ValueError(
-                    f"rtpurbo: {self._what}[{i}] holds token ids outside [0, {size}); it was made "
-                    "with another tokenizer"
+                    f"rtpurbo: {self._what}[{i}] holds token ids outside [0, {vocabulary}); it was "
+                    "made with another tokenizer"
                 )
+        return found
 
     def fingerprint(self) -> str:
         """A name for the data: a dataset's own, or a hash of everything."""

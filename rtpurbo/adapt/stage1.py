@@ -75,14 +75,13 @@ def train_index(
     """
     patched = state(model)
     samples = Samples(tokens, "tokens")
-    samples.check_vocabulary(families.unwrap(model).get_input_embeddings().num_embeddings)
     if held_out < 1 or rows < 2 or updates < 1:
         raise ValueError(
             "rtpurbo.train_index: held_out and updates must be >= 1 and rows >= 2, got "
             f"held_out={held_out}, updates={updates}, rows={rows}"
         )
     task = IndexTask(model, samples, rows=rows, updates=updates, seed=seed)
-    task.check_lengths()
+    task.check(samples)
     trained = max(len(samples) - held_out, 1)
     measured = list(range(max(len(samples) - held_out, 0), len(samples)))
     loop = Loop(
@@ -105,7 +104,7 @@ def train_index(
         progress=progress,
         mixed_precision=mixed_precision,
     )
-    task.autocast = loop.accelerator.autocast
+    task.autocast = loop.autocast
     resume = loop.latest()
     if resume is None:
         task.initialise(measured[0])
@@ -142,7 +141,7 @@ class IndexTask:
         self._rows = rows
         self._updates = updates
         self._seed = seed
-        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._kept: dict[tuple[int, int], list[_LayerInputs]] = {}
         self._near = self._config.near_window + self._config.sinks
         self.parameters = {
@@ -154,9 +153,10 @@ class IndexTask:
         if not self._heads:
             raise ValueError("rtpurbo.train_index: the head map names no retrieval head")
 
-    def check_lengths(self) -> None:
-        for i in range(len(self._samples)):
-            length = len(self._samples[i].tokens)
+    def check(self, samples: Samples) -> None:
+        """Raises ValueError where a sequence has wrong ids or nothing outside the window."""
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        for i, length in enumerate(samples.lengths(vocabulary)):
             if length <= self._near + 1:
                 raise ValueError(
                     f"rtpurbo.train_index: tokens[{i}] has {length} tokens, all within the window "

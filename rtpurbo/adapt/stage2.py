@@ -68,7 +68,6 @@ def distill(
     patched = state(model)
     model = families.unwrap(model)
     data = Samples(samples, "samples")
-    data.check_vocabulary(model.get_input_embeddings().num_embeddings)
     _check(model, patched.config, data, lora)
     device = model.get_input_embeddings().weight.device
     identity = {"model": fingerprint(model), "data": data.fingerprint()}
@@ -92,10 +91,9 @@ def distill(
     resume = loop.latest()
     with _teacher_folder(teacher_cache, loop.output_dir) as folder:
         teacher = TeacherCache(folder, {**identity, "top": TOP}, len(data))
-        teacher.fill(model, data, loop.accelerator, loop.shows_progress)
-        with Adapter(model, lora) as adapter, _training(model, gradient_checkpointing):
-            parameters = adapter.parameters()
-            task = DistillTask(model, data, teacher, parameters, loop.accelerator)
+        teacher.fill(model, data, loop)
+        with Adapter(model, lora, seed) as adapter, _training(model, gradient_checkpointing):
+            task = DistillTask(model, data, teacher, adapter.parameters(), loop)
             result = loop.run(task, resume, extra={})
             if loop.accelerator.is_main_process:
                 adapter.save(loop.output_dir)
@@ -120,12 +118,12 @@ class DistillTask:
         samples: Samples,
         teacher: TeacherCache,
         parameters: dict[str, Tensor],
-        accelerator: Any,
+        loop: Loop,
     ):
         self._model = model
         self._samples = samples
         self._teacher = teacher
-        self._accelerator = accelerator
+        self._loop = loop
         self.parameters = parameters
 
     def backward(self, step: int, sample: int, weight: float) -> dict[str, float]:
@@ -135,7 +133,7 @@ class DistillTask:
         device = head.weight.device
         rows = label_rows(item.tokens, item.labels).to(device)
         values, tokens = (tensor.to(device) for tensor in self._teacher[sample])
-        with self._accelerator.autocast():
+        with self._loop.autocast():
             hidden = families.decoder(self._model)(
                 input_ids=item.tokens[None].to(device), use_cache=False
             ).last_hidden_state[0, rows]
@@ -177,7 +175,7 @@ def fingerprint(model: Any) -> str:
 
 def _check(model: Any, config: Any, data: Samples, lora: Any) -> None:
     near = config.window + config.sinks
-    longest = max(len(data[i].tokens) for i in range(len(data)))
+    longest = max(data.lengths(model.get_input_embeddings().num_embeddings))
     if longest <= near:
         raise ValueError(
             f"rtpurbo.distill: the longest of the samples has {longest} tokens and the window and "

@@ -8,8 +8,10 @@
 taken over, because each carries the identity in its header.
 """
 
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,12 +19,10 @@ from torch import Tensor
 
 from rtpurbo import families
 from rtpurbo.adapt.checkpoint import read_json, sha256_of, write_json, write_tensors
+from rtpurbo.adapt.loop import Loop
 from rtpurbo.adapt.progress import Progress
 from rtpurbo.adapt.samples import Samples
 from rtpurbo.patching import dense
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 FORMAT_VERSION = 1
 TOP = 10
@@ -43,9 +43,7 @@ class TeacherCache:
         self._samples = samples
         self._shards = -(-samples // _SHARD)
 
-    def fill(
-        self, model: Any, samples: Samples, accelerator: "Accelerator", progress: bool
-    ) -> None:
+    def fill(self, model: Any, samples: Samples, loop: Loop) -> None:
         """Computes what is missing with the dense model, the processes sharing the shards.
 
         Raises:
@@ -56,12 +54,16 @@ class TeacherCache:
             self._check(read_json(manifest, "teacher cache", FORMAT_VERSION))
             return
         self._directory.mkdir(parents=True, exist_ok=True)
+        accelerator = loop.accelerator
         mine = range(accelerator.process_index, self._shards, accelerator.num_processes)
-        with Progress("teacher", len(mine), 0, progress) as shown:
-            for done, shard in enumerate(mine, start=1):
-                if not self._usable(self._path(shard)):
-                    self._write_shard(model, samples, shard, accelerator)
-                shown(done, f"{done * _SHARD} samples")
+        missing = [shard for shard in mine if not self._usable(self._path(shard))]
+        total = sum(len(self._members(shard)) for shard in missing)
+        with Progress("teacher", total, 0, loop.shows_progress) as shown:
+            steps = count(1)
+            for shard in missing:
+                self._write_shard(
+                    model, samples, shard, loop, lambda: shown(next(steps), "samples")
+                )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             paths = [self._path(shard) for shard in range(self._shards)]
@@ -81,22 +83,28 @@ class TeacherCache:
 
     @torch.no_grad()
     def _write_shard(
-        self, model: Any, samples: Samples, shard: int, accelerator: "Accelerator"
+        self,
+        model: Any,
+        samples: Samples,
+        shard: int,
+        loop: Loop,
+        tick: Callable[[], None],
     ) -> None:
         tensors = {}
         head = model.get_output_embeddings()
         device = head.weight.device
         training = model.training
         model.eval()
-        for i in range(shard * _SHARD, min((shard + 1) * _SHARD, self._samples)):
+        for i in self._members(shard):
             sample = samples[i]
-            with dense(model), accelerator.autocast():
+            with dense(model), loop.autocast():
                 hidden = families.decoder(model)(
                     input_ids=sample.tokens[None].to(device), use_cache=False
                 ).last_hidden_state[0, label_rows(sample.tokens, sample.labels).to(device)]
                 best = [head(rows).float().topk(TOP, dim=-1) for rows in hidden.split(_ROWS)]
             tensors[f"values.{i}"] = torch.cat([top.values for top in best])
             tensors[f"tokens.{i}"] = torch.cat([top.indices for top in best]).int()
+            tick()
         model.train(training)
         write_tensors(self._path(shard), tensors, self._header())
 
@@ -129,6 +137,9 @@ class TeacherCache:
 
     def _header(self) -> dict[str, str]:
         return {key: str(value) for key, value in self._identity.items()}
+
+    def _members(self, shard: int) -> range:
+        return range(shard * _SHARD, min((shard + 1) * _SHARD, self._samples))
 
     def _path(self, shard: int) -> Path:
         return self._directory / f"shard-{shard:05d}.safetensors"
