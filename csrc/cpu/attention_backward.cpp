@@ -215,10 +215,15 @@ class KeyGradWorker {
       const int64_t n = block.begin + first + i;
       while (run < runs_.size() && n >= runs_[run].end) ++run;
       Accum* weights = weights_.data() + i * columns_;
-      const bool seen = run < runs_.size() && n >= runs_[run].begin;
-      hide(tile, n, seen ? &runs_[run] : nullptr, columns, weights);
-      weigh_row<true>(weights, grads_.data() + i * columns_, columns, static_cast<Accum>(p_.scale),
-                      lse_.data(), delta_.data());
+      Accum* grads = grads_.data() + i * columns_;
+      if (run == runs_.size() || n < runs_[run].begin) {  // no row sees it, whatever it holds
+        std::fill_n(weights, columns, Accum(0));
+        std::fill_n(grads, columns, Accum(0));
+        continue;
+      }
+      hide(tile, n, runs_[run], columns, weights);
+      weigh_row<true>(weights, grads, columns, static_cast<Accum>(p_.scale), lse_.data(),
+                      delta_.data());
     }
     gemm(count, p_.dim, columns, weights_.data(), columns_, grad_out_.data(), p_.dim,
          grad_v_.data() + first * p_.dim, p_.dim, true);
@@ -226,17 +231,13 @@ class KeyGradWorker {
          grad_k_.data() + first * p_.dim, p_.dim, true);
   }
 
-  /// -inf for the query rows that do not see key n, which lies in `run` or nowhere.
-  void hide(const Tile& tile, int64_t n, const Run* run, int64_t columns, Accum* scores) const {
+  /// -inf for the query rows that do not see key n, which lies in `run`.
+  void hide(const Tile& tile, int64_t n, const Run& run, int64_t columns, Accum* scores) const {
     constexpr Accum kHidden = -std::numeric_limits<Accum>::infinity();
-    if (!run) {
-      std::fill(scores, scores + columns, kHidden);
-      return;
-    }
     const int64_t height = tile.height();
     const int64_t ahead = n - first_position(p_, tile);  // of the first row
     const int64_t first = std::clamp(ahead, int64_t{0}, height);
-    const int64_t last = run->windowed ? std::clamp(ahead + p_.window, first, height) : height;
+    const int64_t last = run.windowed ? std::clamp(ahead + p_.window, first, height) : height;
     for (int64_t top = 0; top < tile.rows(); top += height) {
       std::fill(scores + top, scores + top + first, kHidden);
       std::fill(scores + top + last, scores + top + height, kHidden);
