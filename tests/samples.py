@@ -67,7 +67,7 @@ def attention_samples(dtype: torch.dtype) -> list[Sample]:
         start_local=torch.tensor([0, 11]),
     )
     split = dict(k=k[:, :1], v=v[:, :1], retrieval_heads=[0, 2])
-    grads = ()
+    grads = ("q", "k", "v")
     return [
         Sample("attention", "mixed", base, grads),
         Sample("attention", "padded", base | {"start": start}, grads),

@@ -186,3 +186,45 @@ def test_offsets_beyond_two_billion_elements(sample, tmp_path):
             arguments[name] = memory.as_strided(tensor.shape, strides, offset).copy_(tensor)
             offset += tensor.numel()
     assert_same(results(sample, arguments), results(sample, cloned(sample)))
+
+
+@each_differentiable
+def test_gradient_of_a_plain_sum(sample):
+    """sum() sends back one number with strides of 0."""
+    gradients = []
+    for weights in (torch.ones(()), None):
+        arguments = cloned(sample)
+        leaves = require_grad(sample, arguments)
+        outputs = [out for out in sample.outputs(arguments) if out.requires_grad]
+        upstream = [
+            torch.ones_like(out) if weights is None else weights.to(out.dtype).expand_as(out)
+            for out in outputs
+        ]
+        gradients.append(torch.autograd.grad(outputs, leaves, upstream))
+    assert_same(*gradients)
+
+
+@each_differentiable
+def test_each_gradient_alone(sample):
+    every = results(sample, cloned(sample))[-len(sample.differentiable) :]
+    for name, expected in zip(sample.differentiable, every, strict=True):
+        arguments = cloned(sample)
+        leaf = arguments[name].requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(sample.outputs(arguments)), [leaf])
+        torch.testing.assert_close(gradient, expected, atol=0, rtol=0)
+        assert all(t.grad is None for t in arguments.values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLES)), ids=[str(s) for s in SAMPLES])
+def test_gradcheck(number):
+    sample = samples(torch.float64)[number]
+    if not sample.differentiable or sample.arguments.get("dtype") is not None:
+        pytest.skip("no gradient in float64")
+    arguments = cloned(sample)
+    leaves = require_grad(sample, arguments)
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs = sample.outputs(arguments | dict(zip(sample.differentiable, values, strict=True)))
+        return tuple(out for out in outputs if out.requires_grad)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)

@@ -117,3 +117,12 @@ def test_bad_argument(sample, argument, spoil):
     assert re.search("must|needs|cannot", text), text
     for name in sample.written:
         assert torch.equal(good[name], sample.arguments[name])
+
+
+def test_a_gradient_that_does_not_exist_is_refused():
+    """k_local is forward only."""
+    sample = SAMPLES["attention-split"]
+    arguments = sample.with_tensors(torch.clone)
+    arguments["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match="k_local"):
+        sample.outputs(arguments)[0].sum().backward()

@@ -69,12 +69,11 @@ def listed(
     indices: Tensor, counts: Tensor, rows: int, keys: int, tile: int, block_size: int
 ) -> Tensor:
     """bool [B, M, N] from indices [B, T, C] and counts [B, T]: the tile of m lists n's block."""
-    allowed = torch.zeros(indices.shape[0], rows, keys, dtype=torch.bool)
-    for b in range(indices.shape[0]):
-        for row in range(rows):
-            count = int(counts[b, row // tile])
-            if count < 0:
-                allowed[b, row] = True
-            for block in indices[b, row // tile, : max(count, 0)].tolist():
-                allowed[b, row, block * block_size : (block + 1) * block_size] = True
-    return allowed
+    batch, tiles, _ = indices.shape
+    allowed = torch.zeros(batch, tiles, -(-keys // block_size), dtype=torch.bool)
+    for b in range(batch):
+        for t in range(tiles):
+            count = int(counts[b, t])
+            allowed[b, t, slice(None) if count < 0 else indices[b, t, :count].long()] = True
+    by_row = allowed.repeat_interleave(tile, 1)[:, :rows]
+    return by_row.repeat_interleave(block_size, 2)[..., :keys]

@@ -63,10 +63,8 @@ def decode(
 
 def listed(indices: Tensor, counts: Tensor, keys: int, block_size: int) -> Tensor:
     """bool [B, N] from indices [B, C] and counts [B]; -1 lists every key."""
-    members = torch.zeros(indices.shape[0], keys, dtype=torch.bool)
+    members = torch.zeros(indices.shape[0], -(-keys // block_size), dtype=torch.bool)
     for b in range(indices.shape[0]):
-        if counts[b] < 0:
-            members[b] = True
-        for block in indices[b, : max(int(counts[b]), 0)].tolist():
-            members[b, block * block_size : (block + 1) * block_size] = True
-    return members
+        count = int(counts[b])
+        members[b, slice(None) if count < 0 else indices[b, :count].long()] = True
+    return members.repeat_interleave(block_size, 1)[:, :keys]
