@@ -120,6 +120,21 @@ def _docstrings(path: Path, seen: set[str]) -> Iterator[str]:
             yield text
 
 
+def excerpts(
+    tokenizer: Any, texts: Sequence[str], length: int, count: int, seed: int = 0
+) -> list[list[int]]:
+    """Token sequences cut from the texts at random places, each begun with the BOS token if any.
+
+    What `rtpurbo.distill` trains on, and what perplexity is measured on.
+    """
+    stream = _Stream(tokenizer, texts)
+    room = length - len(stream.prefix)
+    if room < 1:
+        raise ValueError(f"rtpurbo.data.excerpts: length must be >= 2, got {length}")
+    rng = random.Random(f"excerpt {seed}")
+    return [stream.prefix + stream.excerpt(rng, room) for _ in range(count)]
+
+
 @dataclass(frozen=True)
 class RetrievalSequence:
     """One training sequence and the rows at which it must look far back.

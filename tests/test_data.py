@@ -13,10 +13,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def texts():
-    return data.prose()
+    return data.prose()[:40]
 
 
-def test_prose_is_documentation_split_by_document(texts):
+def test_prose_is_documentation_split_by_document():
+    texts = data.prose()
     held_out = data.prose(split="held_out")
     assert sum(map(len, texts)) > 1_000_000
     assert sum(map(len, held_out)) > 200_000
@@ -74,6 +75,17 @@ def test_generators_follow_their_seed(tokenizer, texts):
     assert make(3) != make(4)
     prompts = data.needle_prompts(tokenizer, texts, 1024, 4, needles=2, seed=5)
     assert prompts == data.needle_prompts(tokenizer, texts, 1024, 4, needles=2, seed=5)
+
+
+def test_excerpts_are_cut_from_the_texts(tokenizer, texts):
+    cut = data.excerpts(tokenizer, texts, 500, 3, seed=1)
+    assert [len(tokens) for tokens in cut] == [500] * 3
+    assert len({tuple(tokens) for tokens in cut}) == 3
+    whole = "".join(texts)
+    assert all(
+        tokenizer.decode(tokens[1:]).strip("\N{REPLACEMENT CHARACTER}") in whole for tokens in cut
+    )
+    assert data.excerpts(tokenizer, ["short"], 20, 1)[0][0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("needles", [1, 8])
