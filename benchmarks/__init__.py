@@ -1,0 +1,1 @@
+"""Speed and memory of the operators against what people would run otherwise."""

@@ -1,0 +1,77 @@
+"""`python -m benchmarks [NAME ...]`: runs the benchmarks and writes one JSON file."""
+
+import argparse
+import importlib
+import json
+import pkgutil
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import benchmarks
+from benchmarks.measure import measure
+from benchmarks.registry import BENCHMARKS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe(name: str, result: dict[str, Any]) -> str:
+    parameters = " ".join(
+        f"{key}={value}" for key, value in result.items() if isinstance(value, int | str)
+    )
+    ratios = ", ".join(
+        f"{ratio:.2f}x {baseline}"
+        + (f" (goal {result['goals'][baseline]:.2f})" if baseline in result["goals"] else "")
+        for baseline, ratio in result["ratios"].items()
+    )
+    peak = result["peak_extra_bytes"]["ours"] / 2**20
+    return f"{name} {parameters}: {result['seconds'] * 1e3:.2f} ms, {ratios}, +{peak:.0f} MiB"
+
+
+def main() -> None:
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        if module.name != "__main__":
+            importlib.import_module(f"benchmarks.{module.name}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/TIME.json")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(
+            f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
+        )
+
+    torch.manual_seed(0)
+    report: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "results": {},
+    }
+    for name in arguments.names or BENCHMARKS:
+        results = report["results"].setdefault(name, [])
+        for case in BENCHMARKS[name]():
+            results.append(measure(case, arguments.repeats))
+            print(describe(name, results[-1]), flush=True)
+    output = arguments.output or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()

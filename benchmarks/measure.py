@@ -1,0 +1,51 @@
+"""Times a case and its baselines in turns and reads the peak of memory beside each."""
+
+import statistics
+import time
+from typing import Any
+
+from benchmarks.registry import Case, Run
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Median seconds, ratios (above 1: faster than the baseline), peak extra memory in bytes."""
+    runs: dict[str, Run] = {"ours": case.run, **case.baselines}
+    peaks = {name: peak_extra_bytes(run) for name, run in runs.items()}  # these runs warm up, too
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ours = medians.pop("ours")
+    ratios = {name: median / ours for name, median in medians.items()}
+    return {
+        **case.parameters,
+        "seconds": ours,
+        "baseline_seconds": medians,
+        "ratios": ratios,
+        "goals": case.goals,
+        "reached": all(ratios[name] >= goal for name, goal in case.goals.items()),
+        "gflops_per_second": case.flops / ours / 1e9 if case.flops else None,
+        "peak_extra_bytes": peaks,
+    }
+
+
+def seconds(run: Run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def peak_extra_bytes(run: Run) -> int:
+    """How far the resident memory rose while `run` ran (Linux)."""
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the peak starts over from here
+    before = status_bytes("VmRSS")
+    run()
+    return max(0, status_bytes("VmHWM") - before)
+
+
+def status_bytes(key: str) -> int:
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
