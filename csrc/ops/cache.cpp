@@ -1,0 +1,195 @@
+#include "csrc/ops/cache.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "csrc/cpu/cache.h"
+#include "csrc/ops/common/check.h"
+#include "csrc/ops/common/heads.h"
+
+namespace rtpurbo {
+namespace {
+
+constexpr int64_t kPages = -1;
+
+cpu::HeadsView bytes_view(const at::Tensor& tensor) {
+  cpu::HeadsView view = heads_view(tensor);
+  const int64_t size = tensor.element_size();
+  view.batch_stride *= size;
+  view.head_stride *= size;
+  view.row_stride *= size;
+  return view;
+}
+
+void check_position(const char* op, int64_t position, int64_t sinks) {
+  TORCH_CHECK_VALUE(position >= 0, "rtpurbo::", op, ": position must be >= 0, got ", position);
+  TORCH_CHECK_VALUE(sinks >= 0, "rtpurbo::", op, ": sinks must be >= 0, got ", sinks);
+}
+
+/// Checks one cache tensor [B, heads, slots, D] that takes rows of `source`.
+void check_store(const char* op, const char* name, const at::Tensor& store,
+                 const at::Tensor& source, int64_t heads) {
+  check_tensor(op, name, store, "[B, heads, slots, D]",
+               {source.size(0), heads, kAnySize, source.size(3)});
+  check_dtype(op, name, store, source.scalar_type());
+  check_device(op, name, store, "the new tokens", source);
+}
+
+void check_capacity(const char* op, const char* name, const at::Tensor& pages, int64_t end) {
+  TORCH_CHECK_VALUE(pages.size(1) == 0 || end <= pages.size(2), "rtpurbo::", op, ": ", name,
+                    " must have room for ", end, " tokens, got a capacity of ", pages.size(2),
+                    "; grow the pages first");
+}
+
+void check_ring(const char* op, const char* name, const at::Tensor& ring, int64_t sinks) {
+  TORCH_CHECK_VALUE(ring.size(1) == 0 || ring.size(2) > sinks, "rtpurbo::", op, ": ", name,
+                    " must have sinks + window slots, more than sinks = ", sinks, ", got ",
+                    ring.size(2));
+}
+
+std::vector<int64_t> other_heads(at::IntArrayRef heads, int64_t num_heads) {
+  std::vector<int64_t> others;
+  for (int64_t head = 0; head < num_heads; ++head) {
+    if (!std::binary_search(heads.begin(), heads.end(), head)) others.push_back(head);
+  }
+  return others;
+}
+
+void append(const at::Tensor& source, at::Tensor& target, at::IntArrayRef heads, int64_t position,
+            int64_t sinks, int64_t slot_window, const int64_t* start) {
+  if (heads.empty()) return;
+  cpu::cache_append_kernel({.source = bytes_view(source),
+                            .target = bytes_view(target),
+                            .heads = heads.data(),
+                            .start_ptr = start,
+                            .batch = source.size(0),
+                            .heads_count = static_cast<int64_t>(heads.size()),
+                            .rows = source.size(2),
+                            .row_bytes = source.size(3) * source.element_size(),
+                            .position = position,
+                            .sinks = sinks,
+                            .slot_window = slot_window});
+}
+
+void cache_append_cpu(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring,
+                      at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
+                      at::IntArrayRef full_heads, int64_t position, int64_t sinks,
+                      const std::optional<at::Tensor>& start) {
+  constexpr const char* kOp = "cache_append";
+  check_tensor(kOp, "k", k, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_tensor(kOp, "v", v, "[B, Hk, M, D]", {k.size(0), k.size(1), k.size(2), kAnySize});
+  check_position(kOp, position, sinks);
+  check_heads(kOp, "full_heads", full_heads, k.size(1));
+  check_start(kOp, start, k.size(0), k);
+  const int64_t full = static_cast<int64_t>(full_heads.size());
+  const auto check_side = [&](const char* ring_name, const char* pages_name,
+                              const at::Tensor& source, const at::Tensor& ring,
+                              const at::Tensor& pages) {
+    check_store(kOp, ring_name, ring, source, source.size(1) - full);
+    check_store(kOp, pages_name, pages, source, full);
+    check_ring(kOp, ring_name, ring, sinks);
+    check_capacity(kOp, pages_name, pages, position + source.size(2));
+  };
+  check_side("k_ring", "k_pages", k, k_ring, k_pages);
+  check_side("v_ring", "v_pages", v, v_ring, v_pages);
+
+  const std::vector<int64_t> local = other_heads(full_heads, k.size(1));
+  at::Tensor start_kept;
+  const int64_t* starts = start_ptr(start, start_kept);
+  append(k, k_pages, full_heads, position, sinks, kPages, starts);
+  append(v, v_pages, full_heads, position, sinks, kPages, starts);
+  append(k, k_ring, local, position, sinks, k_ring.size(2) - sinks, starts);
+  append(v, v_ring, local, position, sinks, v_ring.size(2) - sinks, starts);
+}
+
+void cache_append_index_cpu(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
+  constexpr const char* kOp = "cache_append_index";
+  check_tensor(kOp, "k_index", k_index, "[B, Rk, M, r]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_position(kOp, position, 0);
+  check_store(kOp, "index_pages", index_pages, k_index, k_index.size(1));
+  check_capacity(kOp, "index_pages", index_pages, position + k_index.size(2));
+  std::vector<int64_t> heads(k_index.size(1));
+  std::iota(heads.begin(), heads.end(), 0);
+  append(k_index, index_pages, heads, position, 0, kPages, nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor> cache_unroll_cpu(const at::Tensor& ring, const at::Tensor& added,
+                                                    at::IntArrayRef local_heads, int64_t position,
+                                                    int64_t sinks,
+                                                    const std::optional<at::Tensor>& start) {
+  constexpr const char* kOp = "cache_unroll";
+  check_tensor(kOp, "new", added, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_position(kOp, position, sinks);
+  check_heads(kOp, "local_heads", local_heads, added.size(1));
+  check_store(kOp, "ring", ring, added, static_cast<int64_t>(local_heads.size()));
+  check_ring(kOp, "ring", ring, sinks);
+  check_start(kOp, start, added.size(0), added);
+  const at::Tensor keys = at::empty(
+      {ring.size(0), ring.size(1), ring.size(2) + added.size(2), ring.size(3)}, ring.options());
+  const at::Tensor start_local = at::empty({ring.size(0)}, ring.options().dtype(at::kLong));
+  at::Tensor start_kept;
+  cpu::cache_unroll_kernel({.ring = bytes_view(ring),
+                            .source = bytes_view(added),
+                            .target = bytes_view(keys),
+                            .heads = local_heads.data(),
+                            .start_ptr = start_ptr(start, start_kept),
+                            .start_local_ptr = start_local.mutable_data_ptr<int64_t>(),
+                            .batch = ring.size(0),
+                            .heads_count = ring.size(1),
+                            .rows = added.size(2),
+                            .row_bytes = added.size(3) * added.element_size(),
+                            .position = position,
+                            .sinks = sinks,
+                            .window = ring.size(2) - sinks});
+  return {keys, start_local};
+}
+
+}  // namespace
+
+void cache_append(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring, at::Tensor& v_ring,
+                  at::Tensor& k_pages, at::Tensor& v_pages, at::IntArrayRef full_heads,
+                  int64_t position, int64_t sinks, const std::optional<at::Tensor>& start) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rtpurbo::cache_append", "")
+                             .typed<decltype(cache_append)>();
+  op.call(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start);
+}
+
+void cache_append_index(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rtpurbo::cache_append_index", "")
+                             .typed<decltype(cache_append_index)>();
+  op.call(k_index, index_pages, position);
+}
+
+std::tuple<at::Tensor, at::Tensor> cache_unroll(const at::Tensor& ring, const at::Tensor& added,
+                                                at::IntArrayRef local_heads, int64_t position,
+                                                int64_t sinks,
+                                                const std::optional<at::Tensor>& start) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rtpurbo::cache_unroll", "")
+                             .typed<decltype(cache_unroll)>();
+  return op.call(ring, added, local_heads, position, sinks, start);
+}
+
+TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
+  m.def(
+      "cache_append(Tensor k, Tensor v, Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) k_pages,"
+      " Tensor(d!) v_pages, int[] full_heads, int position, int sinks, Tensor? start=None) -> ()");
+  m.def("cache_append_index(Tensor k_index, Tensor(a!) index_pages, int position) -> ()");
+  m.def(
+      "cache_unroll(Tensor ring, Tensor new, int[] local_heads, int position, int sinks,"
+      " Tensor? start=None) -> (Tensor keys, Tensor start_local)");
+}
+TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) {
+  m.impl("cache_append", &cache_append_cpu);
+  m.impl("cache_append_index", &cache_append_index_cpu);
+  m.impl("cache_unroll", &cache_unroll_cpu);
+}
+
+}  // namespace rtpurbo
