@@ -1,8 +1,23 @@
 """The operators of rtpurbo, one module each; their schemas live in csrc/ops."""
 
 from rtpurbo.ops.attention import attention
+from rtpurbo.ops.cache import cache_append, cache_append_index, cache_unroll
 from rtpurbo.ops.decode import decode
+from rtpurbo.ops.index_project import index_project
 from rtpurbo.ops.near_lse import near_lse
+from rtpurbo.ops.retrieval_scores import retrieval_scores
+from rtpurbo.ops.select import select
 from rtpurbo.ops.top_p import top_p
 
-__all__ = ["attention", "decode", "near_lse", "top_p"]
+__all__ = [
+    "attention",
+    "cache_append",
+    "cache_append_index",
+    "cache_unroll",
+    "decode",
+    "index_project",
+    "near_lse",
+    "retrieval_scores",
+    "select",
+    "top_p",
+]
