@@ -311,7 +311,8 @@ class IndexTask:
         """[updates, rows]: random rows, half of them retrieval rows where there are so many, and
         which those are. A function of its arguments and the seed."""
         candidates = self._retrieval_rows(item)
-        generator = torch.Generator().manual_seed(self._seed << 40 ^ block << 20 ^ sample)
+        drawn_from = (self._seed << 40 ^ block << 20 ^ sample) % (1 << 63)
+        generator = torch.Generator().manual_seed(drawn_from)
         drawn = []
         for _ in range(self._updates):
             order = torch.randperm(len(candidates), generator=generator)

@@ -43,8 +43,8 @@ def distill(
 
     The loss is the mean over label tokens of KL(softmax(teacher's top-10 logits) ||
     softmax(student's logits of the same 10 tokens)). The teacher is this model run dense, before
-    the first step; its logits are cached. The index is frozen. AdamW, constant rate after a linear
-    warm-up, weight decay 0.01, gradient norm clipped to 1.
+    the first step; its logits are cached. The index is frozen. AdamW (0.9, 0.95), constant
+    rate after a linear warm-up, weight decay 0.01, gradient norm clipped to 1.
 
     Args:
         model: sparsified, float32 weights (unless lora); weights are changed in place.
@@ -73,7 +73,14 @@ def distill(
     identity = {"model": fingerprint(model), "data": data.fingerprint()}
     loop = Loop(
         "stage 2",
-        Schedule(steps, lr, steps // 3 if warmup is None else warmup, "constant", batch_size),
+        Schedule(
+            steps,
+            lr,
+            steps // 3 if warmup is None else warmup,
+            "constant",
+            batch_size,
+            betas=(0.9, 0.95),
+        ),
         samples=len(data),
         device=device,
         output_dir=output_dir,
