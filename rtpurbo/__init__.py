@@ -4,9 +4,12 @@ from rtpurbo import data, ops
 from rtpurbo._C import build_info
 from rtpurbo.adapt import TrainResult, distill, train_index
 from rtpurbo.cache import RTPurboCache
+from rtpurbo.checkpoint import from_pretrained, save_pretrained
 from rtpurbo.config import RTPurboConfig
+from rtpurbo.detect import detect_heads
 from rtpurbo.heads import HeadMap
 from rtpurbo.patching import is_sparse, restore, sparse, sparsify
+from rtpurbo.stats import stats
 
 __all__ = [
     "HeadMap",
@@ -15,11 +18,15 @@ __all__ = [
     "TrainResult",
     "build_info",
     "data",
+    "detect_heads",
     "distill",
+    "from_pretrained",
     "is_sparse",
     "ops",
     "restore",
+    "save_pretrained",
     "sparse",
     "sparsify",
+    "stats",
     "train_index",
 ]

@@ -144,6 +144,7 @@ def _whole(
     )  # fmt: skip
     if context.cache is not None:
         context.cache.append(k.detach(), v.detach(), k_index, start)
+        lists.keep(context.cache)
     return out
 
 
@@ -158,6 +159,7 @@ def _chunk(
     k_pages, v_pages = cache.pages()
     keys = cache.index_keys() if context.heads else None
     lists = _tiles(context, q, k_pages, context.page_heads, q_index, keys, cache.start, scale)
+    lists.keep(cache)
     out, _ = ops.attention(
         q, k_pages, v_pages, context.heads, config.window, config.sinks, scale, cache.start,
         k_local=k_local, v_local=v_local, start_local=start_local,
@@ -189,6 +191,7 @@ def _decode(
         block_size=config.block_size, k_local=cache.k_ring if local else None,
         v_local=cache.v_ring if local else None, start=start, length=cache.length,
     )  # fmt: skip
+    last.keep(cache)
     context.last = last
     return out
 
@@ -202,9 +205,8 @@ def _project(context: LayerContext, needed: bool) -> tuple[Tensor | None, Tensor
     index = context.index.to(q.device)
     with torch.no_grad():
         return ops.index_project(
-            q, k, index.w_q.to(q.dtype), index.w_k.to(k.dtype), context.heads, index.kv_heads,
-            dtype=INDEX_DTYPE,
-        )  # fmt: skip
+            q, k, index.w_q, index.w_k, context.heads, index.kv_heads, dtype=INDEX_DTYPE
+        )
 
 
 def _near_lse(

@@ -178,15 +178,16 @@ class HeadwiseLayer(CacheLayerMixin):
 
     prefetch = offload
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def nbytes_dense(self) -> int:
-        """Bytes of keys and values of a dense cache of as many tokens."""
+    def weigh(self) -> tuple[int, int, int]:
+        """Bytes of keys and values, of index keys, and of a dense cache of as many tokens."""
         if not self.tensors:
-            return 0
-        return self.layout.dense_bytes(self.batch_size, self.k_pages.itemsize)
+            return 0, 0, 0
+        batch, size, layout = self.batch_size, self.k_pages.itemsize, self.layout
+        return (
+            layout.kv_bytes(batch, size),
+            layout.index_bytes(batch, INDEX_DTYPE.itemsize),
+            layout.dense_bytes(batch, size),
+        )
 
 
 class RTPurboCache(Cache):
@@ -219,11 +220,11 @@ class RTPurboCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held: keys and values of all heads, and the index keys."""
-        return sum(layer.nbytes() for layer in self.headwise_layers)
+        return sum(sum(layer.weigh()[:2]) for layer in self.headwise_layers)
 
     def nbytes_dense(self) -> int:
         """Bytes that a dense cache of as many tokens would hold."""
-        return sum(layer.nbytes_dense() for layer in self.headwise_layers)
+        return sum(layer.weigh()[2] for layer in self.headwise_layers)
 
 
 def make_layers(state: Any) -> list[HeadwiseLayer]:

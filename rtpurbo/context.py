@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class LastForward:
         scale: of the logits.
         indices, counts, mass: of `select` (one row) or `select_tiles`; None if heads ran dense.
         q, lse: of a decode step, for the true mass.
+        cache: the layer's cache, if it is still alive.
+        kv_bytes, index_bytes, dense_bytes: what that cache held.
     """
 
     rows: int
@@ -46,6 +49,15 @@ class LastForward:
     mass: Tensor | None = None
     q: Tensor | None = None
     lse: Tensor | None = None
+    cache: ReferenceType[HeadwiseLayer] | None = None
+    kv_bytes: int = 0
+    index_bytes: int = 0
+    dense_bytes: int = 0
+
+    def keep(self, cache: HeadwiseLayer) -> None:
+        """Notes what the cache weighs; the cache itself may die."""
+        self.cache = ref(cache)
+        self.kv_bytes, self.index_bytes, self.dense_bytes = cache.weigh()
 
 
 @dataclass(eq=False)

@@ -63,7 +63,7 @@ def family(model: Any) -> Family:
     Raises:
         ValueError: the family is not supported, or the model's own sliding window is active.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise ValueError(

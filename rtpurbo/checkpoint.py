@@ -1,0 +1,212 @@
+"""Saving and loading sparse models.
+
+    PATH/
+        config.json, model*.safetensors, tokenizer files   as transformers writes them
+        rtpurbo_index.safetensors    layers.L.w_q, .w_k, .offset, .threshold
+        rtpurbo.json                 format version, identity, configuration, size and sha256 of
+                                     every other file
+
+`AutoModelForCausalLM.from_pretrained(PATH)` gives the dense model with the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rtpurbo import families
+from rtpurbo.adapt.checkpoint import sha256_of
+from rtpurbo.config import RTPurboConfig
+from rtpurbo.context import state
+from rtpurbo.heads import check_format, read_json, write_json
+from rtpurbo.index import Index
+from rtpurbo.patching import sparsify
+
+FORMAT_VERSION = 1
+MANIFEST = "rtpurbo.json"
+INDEX_FILE = "rtpurbo_index.safetensors"
+_FORMAT = "rtpurbo.checkpoint"
+_KNOWN_KEYS = {"format", "version", "base_model", "config", "index", "files"}
+
+
+def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None:
+    """Writes a sparse model: weights, tokenizer, configuration, head map and index.
+
+    The folder appears whole or not at all; one that `save_pretrained` wrote before is replaced.
+
+    Args:
+        model: a sparse model. A PEFT adapter must be merged first.
+        path: the folder to write.
+        tokenizer: default: the one where the model was loaded from, if there is one.
+
+    Raises:
+        ValueError: the model is not sparse, or carries an unmerged adapter.
+        FileExistsError: path holds something else than such a folder.
+    """
+    found, target = state(model), Path(path)
+    if model is not families.unwrap(model):
+        raise ValueError(
+            "rtpurbo.save_pretrained: model carries a PEFT adapter; pass the result of "
+            "model.merge_and_unload()"
+        )
+    if target.exists() and not _replaceable(target):
+        raise FileExistsError(
+            f"rtpurbo.save_pretrained: {target} exists and holds other files; choose a new path"
+        )
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        implementation = model.config._attn_implementation
+        try:
+            model.config._attn_implementation = found.implementation
+            model.save_pretrained(scratch)
+        finally:
+            model.config._attn_implementation = implementation
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        tensors = {
+            f"layers.{number}.{name}": tensor.detach().cpu().contiguous()
+            for number, layer in found.index.layers.items()
+            for name, tensor in layer.tensors().items()
+        }
+        save_file(tensors, scratch / INDEX_FILE)
+        _write_manifest(scratch, found)
+        _swap(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+    """Loads what `save_pretrained` wrote.
+
+    Args:
+        path: the folder.
+        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+
+    Returns:
+        (model, tokenizer): the model sparse, in eval mode; tokenizer None if none was saved.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a file is missing, cut off or changed, the format is newer, or the index is not
+            this model's.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"rtpurbo.from_pretrained: {folder} holds no {MANIFEST}; it must be a folder that "
+            "rtpurbo.save_pretrained wrote"
+        )
+    manifest = read_json(folder / MANIFEST)
+    check_format(manifest, _FORMAT, FORMAT_VERSION, _KNOWN_KEYS)
+    missing = _KNOWN_KEYS - manifest.keys()
+    if missing:
+        raise ValueError(f"rtpurbo.from_pretrained: {MANIFEST} lacks {sorted(missing)}")
+    _verify(folder, manifest["files"])
+    config = RTPurboConfig.from_dict(manifest["config"])
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    identity = families.identity(model)
+    if not families.same_model(identity, manifest["base_model"]["identity"]):
+        raise ValueError(
+            f"rtpurbo.from_pretrained: {folder} holds an index for "
+            f"{manifest['base_model']['identity']} but the weights of {identity}"
+        )
+    sparsify(model, config)
+    _load_index(state(model).index, folder, manifest["index"])
+    saved = "tokenizer_config.json" in manifest["files"]
+    return model.eval(), AutoTokenizer.from_pretrained(folder) if saved else None
+
+
+def _replaceable(target: Path) -> bool:
+    return target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+
+
+def _tokenizer_of(model: Any) -> Any:
+    source = model.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source) if source else None
+    except (OSError, ValueError):
+        warnings.warn(
+            f"rtpurbo.save_pretrained: no tokenizer found at {source}, none is saved; pass "
+            "tokenizer=",
+            stacklevel=3,
+        )
+        return None
+
+
+def _write_manifest(folder: Path, found: Any) -> None:
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(folder.iterdir())
+    }
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": _FORMAT,
+            "version": FORMAT_VERSION,
+            "base_model": {"identity": found.identity},
+            "config": found.config.to_dict(),
+            "index": {"trained": found.index.trained, "history": found.index.history},
+            "files": files,
+        },
+    )
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    """Puts the new folder in place of the old one."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(scratch, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, expected in files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"rtpurbo.from_pretrained: the file {file} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"rtpurbo.from_pretrained: {file} must have {expected['bytes']} bytes, got "
+                f"{file.stat().st_size}; it is cut off or not the one that was saved"
+            )
+        if sha256_of(file) != expected["sha256"]:
+            raise ValueError(
+                f"rtpurbo.from_pretrained: {file} was changed after it was saved (its sha256 "
+                f"differs from the one in {MANIFEST})"
+            )
+    if INDEX_FILE not in files or not any(name.startswith("model") for name in files):
+        raise ValueError(f"rtpurbo.from_pretrained: {MANIFEST} lists no index or no weights")
+
+
+def _load_index(index: Index, folder: Path, about: dict[str, Any]) -> None:
+    tensors = load_file(folder / INDEX_FILE)
+    wanted = {f"layers.{n}.{name}" for n, layer in index.layers.items() for name in layer.tensors()}
+    if tensors.keys() != wanted:
+        raise ValueError(
+            f"rtpurbo.from_pretrained: {INDEX_FILE} does not fit the head map; it lacks "
+            f"{sorted(wanted - tensors.keys())} and has {sorted(tensors.keys() - wanted)}"
+        )
+    for number, layer in index.layers.items():
+        for name, tensor in layer.tensors().items():
+            saved = tensors[f"layers.{number}.{name}"]
+            if saved.shape != tensor.shape:
+                raise ValueError(
+                    f"rtpurbo.from_pretrained: {name} of layer {number} must have shape "
+                    f"{list(tensor.shape)}, got {list(saved.shape)}"
+                )
+            with torch.no_grad():
+                tensor.copy_(saved)
+    index.trained = bool(about["trained"])
+    index.history = dict(about["history"])
