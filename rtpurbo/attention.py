@@ -242,14 +242,17 @@ def _tiles(
 
 
 def _check_start(context: LayerContext, cache: HeadwiseLayer, start: Tensor | None) -> None:
-    """Once a forward: the padding must be what it was when the cache was first filled."""
-    if context.number != 0:
-        return
-    if not (start is None and cache.start is None):
-        zeros = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.k_pages.device)
+    """The padding must be what it was when the tokens were cached; compared once a forward.
+
+    A sequence of which only padding is cached may still begin later.
+    """
+    if context.number == 0 and not (start is None and cache.start is None):
+        zeros = torch.zeros(cache.batch_size, dtype=torch.int64, device=cache.device)
         known = zeros if cache.start is None else cache.start
-        if not torch.equal(known, zeros if start is None else start):
+        now = zeros if start is None else start
+        if not torch.equal(known, now.clamp(max=cache.length)):
             raise ValueError(
                 "rtpurbo: attention_mask must keep the left padding that the cached tokens had, "
-                f"{known.tolist()}, got {'none' if start is None else start.tolist()}"
+                f"{known.tolist()}, got {now.tolist()}"
             )
+    cache.start = start

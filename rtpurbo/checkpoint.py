@@ -66,12 +66,7 @@ def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        implementation = model.config._attn_implementation
-        try:
-            model.config._attn_implementation = found.implementation
-            model.save_pretrained(scratch)
-        finally:
-            model.config._attn_implementation = implementation
+        model.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         tensors = {
