@@ -1,12 +1,10 @@
 #include "csrc/cpu/attention.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-
-#include <atomic>
 
 #include "csrc/cpu/attention_tile.h"
 #include "csrc/cpu/gemm.h"
+#include "csrc/cpu/jobs.h"
 #include "csrc/cpu/rows.h"
 #include "csrc/cpu/softmax.h"
 
@@ -142,10 +140,9 @@ class TileWorker {
 template <typename S, typename T>
 void attend_tiles(const AttentionParams& params) {
   const std::vector<Tile> tiles = make_tiles(params);
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  run_jobs(tiles.size(), mask_work(params), [&](const auto& next) {
     TileWorker<S, T> worker(params);
-    for (size_t i = next++; i < tiles.size(); i = next++) worker.run(tiles[i]);
+    for (int64_t i; (i = next()) >= 0;) worker.run(tiles[i]);
     gemm_release<T>();
   });
 }

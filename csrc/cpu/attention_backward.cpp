@@ -3,10 +3,9 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
-#include <atomic>
-
 #include "csrc/cpu/attention_tile.h"
 #include "csrc/cpu/gemm.h"
+#include "csrc/cpu/jobs.h"
 #include "csrc/cpu/rows.h"
 #include "csrc/cpu/softmax.h"
 
@@ -253,23 +252,16 @@ class KeyGradWorker {
   std::vector<Run> runs_;
 };
 
-template <typename Worker, typename Jobs, typename Run>
-void run_jobs(const AttentionBackwardParams& params, const Jobs& jobs, const Run& run) {
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    Worker worker(params);
-    for (size_t i = next++; i < jobs.size(); i = next++) run(worker, jobs[i]);
-    gemm_release<float>();
-  });
-}
-
 template <typename S>
 void backward(const AttentionBackwardParams& params, int64_t kv_heads) {
   const AttentionParams& p = params.forward;
   compute_delta<S>(params);
-  run_jobs<QueryGradWorker<S>>(
-      params, make_tiles(p),
-      [](QueryGradWorker<S>& worker, const Tile& tile) { worker.run(tile); });
+  const std::vector<Tile> query_tiles = make_tiles(p);
+  run_jobs(query_tiles.size(), mask_work(p), [&](const auto& next) {
+    QueryGradWorker<S> worker(params);
+    for (int64_t i; (i = next()) >= 0;) worker.run(query_tiles[i]);
+    gemm_release<at::opmath_type<S>>();
+  });
 
   std::vector<std::vector<Tile>> tiles(p.batch * kv_heads);
   std::vector<KeyBlock> blocks;
@@ -284,8 +276,13 @@ void backward(const AttentionBackwardParams& params, int64_t kv_heads) {
           {head / kv_heads, head % kv_heads, begin, std::min(begin + kTileKeys, p.keys)});
     }
   }
-  run_jobs<KeyGradWorker<S>>(params, blocks, [&](KeyGradWorker<S>& worker, const KeyBlock& block) {
-    worker.run(block, tiles[block.batch * kv_heads + block.kv_head]);
+  run_jobs(blocks.size(), mask_work(p), [&](const auto& next) {
+    KeyGradWorker<S> worker(params);
+    for (int64_t i; (i = next()) >= 0;) {
+      const KeyBlock& block = blocks[i];
+      worker.run(block, tiles[block.batch * kv_heads + block.kv_head]);
+    }
+    gemm_release<at::opmath_type<S>>();
   });
 }
 

@@ -62,6 +62,19 @@ inline std::vector<Tile> make_tiles(const AttentionParams& params) {
   return tiles;
 }
 
+/// About how many multiply-adds the masks ask for.
+inline double mask_work(const AttentionParams& params) {
+  double pairs = 0;
+  for (const HeadSet& set : *params.head_sets) {
+    const int64_t length = set.from_local ? params.local_keys : params.keys;
+    const int64_t keys = set.keys == KeySet::kNear
+                             ? std::min(length, params.window + params.sinks + params.rows)
+                             : length;
+    pairs += static_cast<double>(set.heads.size()) * static_cast<double>(keys);
+  }
+  return 2.0 * pairs * static_cast<double>(params.batch * params.rows * params.dim);
+}
+
 /// The most rows that a tile has, padded.
 inline int64_t max_tile_rows(const AttentionParams& params) {
   size_t heads = 1;

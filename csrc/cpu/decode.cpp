@@ -2,11 +2,9 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-
-#include <atomic>
 
 #include "csrc/cpu/attention_mask.h"
+#include "csrc/cpu/jobs.h"
 #include "csrc/cpu/rows.h"
 #include "csrc/cpu/softmax.h"
 
@@ -50,6 +48,7 @@ class Plan {
   std::vector<Split> splits;
   std::vector<Group> groups;
   int64_t partials = 0;
+  int64_t pairs = 0;  // of query heads and keys
 
  private:
   void add_splits(int64_t b, const HeadSet& set) {
@@ -75,7 +74,9 @@ class Plan {
                  int64_t step) {
     for (; begin < end; begin += step) {
       splits.push_back({b, &set, listed, begin, std::min(begin + step, end), partials});
-      partials += static_cast<int64_t>(set.heads.size());
+      const int64_t heads = static_cast<int64_t>(set.heads.size());
+      partials += heads;
+      pairs += heads * (splits.back().end - begin) * (listed ? p_.block_size : 1);
     }
   }
 
@@ -242,10 +243,10 @@ void decode_splits(const DecodeParams& params) {
   const int64_t padded_dim = (dim + Pair<S>::kSize - 1) / Pair<S>::kSize * Pair<S>::kSize;
   std::vector<Accum> row_max(plan.partials), row_sum(plan.partials);
   std::vector<Accum> sums(plan.partials * padded_dim);
-  std::atomic<size_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  const double work = 2.0 * static_cast<double>(plan.pairs * dim);
+  run_jobs(plan.splits.size(), work, [&](const auto& next) {
     SplitWorker<S> worker(params, padded_dim, row_max.data(), row_sum.data(), sums.data());
-    for (size_t i = next++; i < plan.splits.size(); i = next++) worker.run(plan.splits[i]);
+    for (int64_t i; (i = next()) >= 0;) worker.run(plan.splits[i]);
   });
 
   auto* lse = static_cast<Accum*>(params.lse_ptr);

@@ -55,7 +55,7 @@ def test_dense_heads_equal_attention() -> None:
 
 
 def test_bits_do_not_depend_on_threads() -> None:
-    q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 9000, 64), torch.randn(1, 2, 9000, 64)
+    q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 40_000, 64), torch.randn(1, 2, 40_000, 64)
     first = ops.decode(q, k, v, [0, 5], 1000, 64, 4, 0.125)
     torch.set_num_threads(2)
     for _ in range(20):
