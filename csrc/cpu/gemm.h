@@ -83,8 +83,19 @@ void gemm_panel(int64_t m, int64_t k, const T* a, int64_t lda, const T* b, int64
   for (; i + 4 <= m; i += 4) {
     gemm_registers<4, kVectors>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate, width);
   }
-  for (; i < m; ++i) {
-    gemm_registers<1, kVectors>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate, width);
+  const auto last_rows = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    gemm_registers<kRows, kVectors>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate,
+                                    width);
+  };
+  switch (m - i) {
+    case 3:
+      return last_rows(std::integral_constant<int, 3>{});
+    case 2:
+      return last_rows(std::integral_constant<int, 2>{});
+    case 1:
+      return last_rows(std::integral_constant<int, 1>{});
+    default:
+      return;
   }
 }
 

@@ -176,12 +176,22 @@ def test_offsets_beyond_two_to_the_31() -> None:
         assert far[0].equal(packed[0]) and far[1].equal(packed[1])
 
 
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 3, 5), (1, 0, 5), (1, 0, 0)])
+def test_empty(batch: int, rows: int, keys: int) -> None:
+    q = torch.randn(batch, 2, rows, 16, requires_grad=True)
+    k = torch.randn(batch, 1, keys, 16, requires_grad=True)
+    out, lse = ops.attention(q, k, k, [0], 3, 1, 0.25)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    out.sum().backward()
+    assert k.grad is not None and not k.grad.any()
+
+
 def test_errors_name_the_argument() -> None:
     q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
     wrong = {
         "q must have a head dim D that is a multiple of 8, got 12": (q[..., :12], k[..., :12]),
         r"k must have shape \[B, heads, N, D\] = \[1, \*, \*, 16\]": (q, k[..., :8]),
-        "multiple of the 3 KV heads, got Hq = 4": (q, torch.randn(1, 3, 8, 16)),
+        "positive multiple of the 3 KV heads, got Hq = 4": (q, torch.randn(1, 3, 8, 16)),
         "k must hold at least the keys of the M = 8 query rows, got N = 7": (q, k[:, :, :7]),
         "k must be contiguous in its last dimension": (q, torch.randn(1, 2, 16, 8).mT),
     }

@@ -27,7 +27,7 @@ void check_tensor(const char* op, const char* name, const at::Tensor& tensor, co
   }
   TORCH_CHECK_VALUE(matches, "rtpurbo::", op, ": ", name, " must have shape ", layout, " = ",
                     describe(sizes), ", got ", tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.dim() == 0 || tensor.size(-1) <= 1 || tensor.stride(-1) == 1,
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) <= 1 || tensor.stride(-1) == 1,
                     "rtpurbo::", op, ": ", name,
                     " must be contiguous in its last dimension, got strides ", tensor.strides(),
                     "; call .contiguous() on it");

@@ -96,8 +96,8 @@ int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tens
   check_qkv(op, q, k, v, "k", "v");
   if (k_local) check_qkv(op, q, *k_local, *v_local, "k_local", "v_local");
   const int64_t kv_heads = k.size(1) + (k_local ? k_local->size(1) : 0);
-  TORCH_CHECK_VALUE(kv_heads > 0 && q.size(1) % kv_heads == 0, "rtpurbo::", op,
-                    ": q must have a multiple of the ", kv_heads,
+  TORCH_CHECK_VALUE(kv_heads > 0 && q.size(1) > 0 && q.size(1) % kv_heads == 0, "rtpurbo::", op,
+                    ": q must have a positive multiple of the ", kv_heads,
                     " KV heads, got Hq = ", q.size(1));
   check_heads(op, "retrieval_heads", retrieval_heads, q.size(1));
   check_start(op, start, q.size(0), q);
