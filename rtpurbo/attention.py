@@ -82,14 +82,15 @@ def mask_forward(
         )
     if attention_mask is None:
         return None
-    if attention_mask.shape != (batch_size, kv_length):
+    length = q_offset + q_length
+    if attention_mask.shape != (batch_size, length):
         raise ValueError(
-            f"rtpurbo: attention_mask must cover cached and new tokens, [{batch_size}, "
-            f"{kv_length}], got {list(attention_mask.shape)}"
+            f"rtpurbo: attention_mask must cover cached and new tokens, [{batch_size}, {length}], "
+            f"got {list(attention_mask.shape)}"
         )
     real = attention_mask.bool()
-    start = kv_length - real.sum(-1)
-    positions = torch.arange(kv_length, device=real.device)
+    start = length - real.sum(-1)
+    positions = torch.arange(length, device=real.device)
     if not torch.equal(real, positions >= start[:, None]):
         raise ValueError(
             "rtpurbo: attention_mask must be left padding (zeros, then ones), got zeros after "

@@ -1,0 +1,138 @@
+"""save_pretrained and from_pretrained: what is kept, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rtpurbo
+from rtpurbo.patching import state
+from tests.models.tiny import FAMILIES, config, in_pieces, tiny, tokens, whole
+from tests.tokenizers import byte_tokenizer
+
+pytestmark = pytest.mark.families
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = rtpurbo.sparsify(tiny(), config(window=8, top_p=0.7))
+    rtpurbo.save_pretrained(model, tmp_path / "out", byte_tokenizer())
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family, tmp_path):
+    settings = config(window=8, top_p=0.7, index="full", share_index_keys=True)
+    model, ids = rtpurbo.sparsify(tiny(family), settings), tokens(60)
+    index = state(model).index
+    for layer in index.layers.values():
+        for tensor in layer.tensors().values():
+            tensor += torch.randn_like(tensor)
+    index.trained, index.history = True, {"kl": [1.0, 0.5]}
+    rtpurbo.save_pretrained(model, tmp_path / "a" / "out", byte_tokenizer())
+    loaded, tokenizer = rtpurbo.from_pretrained(tmp_path / "a" / "out")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+    assert tokenizer("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
+    assert state(loaded).config == settings
+    assert (state(loaded).index.trained, state(loaded).index.history) == (True, index.history)
+    pieces = [40, *[1] * 20]
+    torch.testing.assert_close(in_pieces(loaded, ids, pieces), in_pieces(model, ids, pieces))
+
+
+def test_the_folder_is_an_ordinary_dense_model(saved):
+    plain = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(whole(plain, tokens()), whole(tiny(), tokens()))
+
+
+def test_options_reach_transformers(saved):
+    model, _ = rtpurbo.from_pretrained(saved, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+
+
+def test_saving_again_replaces_and_other_folders_are_safe(saved, tmp_path):
+    model, tokenizer = rtpurbo.from_pretrained(saved)
+    rtpurbo.save_pretrained(model, saved, tokenizer)
+    rtpurbo.from_pretrained(saved)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    for path in (tmp_path / "precious", tmp_path / "precious" / "thesis.txt"):
+        with pytest.raises(FileExistsError, match="choose a new path"):
+            rtpurbo.save_pretrained(model, path, tokenizer)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "x"
+
+
+def test_an_interrupted_save_leaves_the_old_folder(saved, tmp_path, monkeypatch):
+    model, tokenizer = rtpurbo.from_pretrained(saved)
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    monkeypatch.setattr("rtpurbo.checkpoint.save_file", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rtpurbo.save_pretrained(model, saved, tokenizer)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_a_tokenizer(tmp_path):
+    model = rtpurbo.sparsify(tiny(), config())
+    rtpurbo.save_pretrained(model, tmp_path / "out")
+    assert rtpurbo.from_pretrained(tmp_path / "out")[1] is None
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not sparse"):
+        rtpurbo.save_pretrained(tiny(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["rtpurbo_index.safetensors", "model.safetensors", "config.json", "rtpurbo.json"]
+)
+def test_files_that_are_cut_off_or_gone(saved, name):
+    file = saved / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cut off"):
+        rtpurbo.from_pretrained(saved)
+    file.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"missing|holds no"):
+        rtpurbo.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["rtpurbo_index.safetensors", "model.safetensors"])
+def test_files_that_were_changed(saved, name):
+    data = bytearray((saved / name).read_bytes())
+    data[-3] ^= 1
+    (saved / name).write_bytes(data)
+    with pytest.raises(ValueError, match="was changed after it was saved"):
+        rtpurbo.from_pretrained(saved)
+
+
+def edit(saved, **changes):
+    path = saved / "rtpurbo.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_manifests_that_are_newer_foreign_or_odd(saved):
+    manifest = json.loads((saved / "rtpurbo.json").read_text())
+    edit(saved, extra=1)
+    with pytest.warns(UserWarning, match=r"unknown keys \['extra'\]"):
+        rtpurbo.from_pretrained(saved)
+    other = rtpurbo.families.identity(tiny(seed=2))
+    cases = [
+        ({"version": 2}, "version 2 is newer"),
+        ({"format": "x"}, "not a"),
+        ({"base_model": {"identity": other}}, "holds an index for llama"),
+        ({"files": {**manifest["files"], "../model.safetensors": {}}}, "missing"),
+        ({"files": {}}, "lists no index"),
+    ]
+
+    for change, message in cases:
+        edit(saved, **{**json.loads(json.dumps(manifest)), **change})
+        with pytest.raises(ValueError, match=message):
+            rtpurbo.from_pretrained(saved)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no rtpurbo\.json"):
+        rtpurbo.from_pretrained(tmp_path)

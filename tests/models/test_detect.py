@@ -1,0 +1,89 @@
+"""detect_heads finds the heads that copy, and reports how stable the ranking is."""
+
+import pytest
+import torch
+
+import rtpurbo
+from tests.models.tiny import FAMILIES, tiny
+from tests.tokenizers import byte_tokenizer
+
+pytestmark = pytest.mark.families
+TEXT = ["The quick brown fox jumps over the lazy dog. " * 40, "Lorem ipsum dolor sit amet. " * 60]
+SIZES = {"documents": TEXT, "length": 160, "num_documents": 3, "needle_length": 8}
+
+
+def detect(model, **options):
+    return rtpurbo.detect_heads(model, byte_tokenizer(), **{**SIZES, "share": 0.25, **options})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_attention_weights(family):
+    model = tiny(family, vocab_size=258)
+    inputs = []
+    hook = model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: inputs.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    heads = detect(model, num_documents=1)
+    hook.remove()
+    assert inputs[0].shape == (1, 160)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(inputs[0], output_attentions=True).attentions
+    # Eager weights of the last 8 rows on the first needle, which follows the <s>.
+    expected = torch.stack([w[0, :, -8:, 1:9].sum(-1).mean(-1) for w in weights])
+    assert inputs[0][0, 1:9].tolist() == inputs[0][0, -8:].tolist()
+    torch.testing.assert_close(heads.scores, expected, atol=1e-5, rtol=1e-4)
+    assert int(heads.roles.sum()) == round(0.25 * expected.numel())
+
+
+def test_the_model_is_left_as_it_was_and_the_seed_decides():
+    model = tiny(vocab_size=258).train()
+    calls = []
+    first = detect(model, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 5) for i in range(1, 6)]
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert all("detect" not in key for m in model.modules() for key in m.__dict__)
+    assert detect(model) == first
+    assert not torch.equal(detect(model, seed=1).scores, first.scores)
+
+
+def test_stability_and_identity():
+    model = tiny(vocab_size=258)
+    heads = detect(model)
+    assert heads.kv_heads == 3
+    assert heads.model_id == rtpurbo.families.identity(model)
+    for kind, pairs in (("documents", 3), ("lengths", 1)):
+        found = heads.stability[kind]
+        assert found["pairs"] == pairs
+        assert -1 <= found["rank_correlation"] <= 1
+        assert 0 <= found["overlap"] <= 1
+    assert heads.stability["half_length"] == 80
+    rtpurbo.sparsify(model, rtpurbo.RTPurboConfig(heads=heads))
+
+
+def test_agreement_of_known_maps():
+    from rtpurbo.detect import _agreement
+
+    a = torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+    assert _agreement([a, a], 2) == {"rank_correlation": pytest.approx(1), "overlap": 1, "pairs": 1}
+    reverse = _agreement([a, -a], 2)
+    assert reverse["rank_correlation"] == pytest.approx(-1)
+    assert reverse["overlap"] == 0
+    tied = _agreement([torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 3.0])], 1)
+    assert tied["rank_correlation"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"length": 20}, "length at least 36"), ({"share": 1.5}, "share must be"),
+    ({"num_documents": 0}, "must be >= 1"), ({"documents": ["short"]}, "must hold 480 tokens"),
+])  # fmt: skip
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        detect(tiny(vocab_size=258), **options)
+
+
+def test_a_sparse_model_is_refused():
+    model = tiny(vocab_size=258)
+    rtpurbo.sparsify(model, rtpurbo.RTPurboConfig(heads=detect(model)))
+    with pytest.raises(ValueError, match=r"call rtpurbo\.restore first"):
+        detect(model)

@@ -1,0 +1,157 @@
+"""What sparse decode selects and gives, against the references; what `stats` says about it."""
+
+import pytest
+import torch
+
+import rtpurbo
+from rtpurbo.patching import state
+from tests import reference
+from tests.models.tiny import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    MIXED,
+    cache_name,
+    cache_of,
+    config,
+    in_pieces,
+    padded,
+    tiny,
+    whole,
+)
+
+pytestmark = pytest.mark.families
+WINDOW, SINKS, P = 8, 2, 0.6
+
+
+def captured(model):
+    """Per layer, (input, output) of every call of each projection, filled as the model runs."""
+    layers = []
+    for layer in model.model.layers:
+        calls = {name: [] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        for name, found in calls.items():
+            getattr(layer.self_attn, name).register_forward_hook(
+                lambda module, args, output, found=found: found.append((args[0], output))
+            )
+        layers.append(calls)
+    return layers
+
+
+def heads_first(x, heads):
+    return x.view(*x.shape[:2], heads, DIM).transpose(1, 2)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"index": "full"}, {"block_size": 16}, {"share_index_keys": True}, {"min_tokens": 30},
+    {"top_p": 0.05, "min_tokens": 0},
+], ids=lambda s: "-".join(map(str, s.values())) or "default")  # fmt: skip
+def test_decode_of_the_first_layer(settings):
+    """The operators' references, fed from the model's own projections, give o_proj's input."""
+    model, (ids, mask) = tiny(), padded((90, 60, 3))
+    chosen = config(**{"window": WINDOW, "sinks": SINKS, "top_p": P, **settings})
+    rtpurbo.sparsify(model, chosen)
+    layers = captured(model)
+    in_pieces(model, ids, [88, 1, 1], mask)
+    found = layers[0]
+    q_pre, k_pre, v = (
+        heads_first(torch.cat([output for _, output in found[name]], 1), heads)
+        for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS), ("v_proj", KV_HEADS))
+    )
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cos, sin = model.model.rotary_emb(q_pre, positions)
+    q, k = (x * cos[:, None] + rotate_half(x) * sin[:, None] for x in (q_pre, k_pre))
+    start, scale = (mask == 0).sum(-1), DIM**-0.5
+    index, owners = state(model).index.layers[0], [1, 2, 2]
+    heads = MIXED[0].nonzero().flatten().tolist()
+    near = None
+    if chosen.index == "beyond_window":
+        near = reference.near_lse(q[:, :, -1:], k, heads, owners, WINDOW, SINKS, scale, start)
+    q_index, k_index = reference.index_project(
+        q_pre[:, :, -1:], k_pre, index.w_q, index.w_k, heads, index.kv_heads
+    )
+    indices, counts, mass = reference.select(
+        q_index.half(), k_index.half(), index.index_map, chosen.top_p, chosen.near_window, SINKS,
+        chosen.min_tokens, chosen.block_size, near_lse=near, start=start,
+        offset=index.offset if near is not None else None,
+    )  # fmt: skip
+    out, _ = reference.decode(
+        q[:, :, -1:], k, v, heads, WINDOW, chosen.near_window, SINKS, scale, indices, counts,
+        chosen.block_size, start=start,
+    )  # fmt: skip
+    expected = out.transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found["o_proj"][-1][0].double(), expected, atol=1e-4, rtol=1e-4)
+    last = state(model).layers[0].last
+    assert torch.equal(last.counts, counts.int())
+    torch.testing.assert_close(last.mass.double(), mass, atol=1e-3, rtol=1e-3)
+
+
+def rotate_half(x):
+    return torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1)
+
+
+def counted(model, ids, mask, pieces):
+    with torch.no_grad():
+        in_pieces(model, ids, pieces, mask)
+    return rtpurbo.stats(model)
+
+
+def test_stats_of_a_decode_step():
+    model, (ids, mask) = tiny(), padded((90, 60))
+    rtpurbo.sparsify(model, config(window=WINDOW, sinks=SINKS, top_p=P, index="full", recent=4))
+    with pytest.raises(ValueError, match="has not run yet"):
+        rtpurbo.stats(model)
+    found = counted(model, ids, mask, [89, 1])
+    counts = torch.stack([c.last.counts for c in state(model).layers]).double()[..., 0]
+    local, near = WINDOW + SINKS, 4 + SINKS
+    per_layer = [(3 * local + c.mean().item() * 3 + 3 * near) / 6 for c in counts]
+    assert found["attended_tokens_per_layer"] == pytest.approx(per_layer)
+    assert found["attended_tokens"] == pytest.approx(sum(per_layer) / 2)
+    assert (found["rows"], found["keys"]) == (1, 90)
+    assert found["compute_sparsity"] == 1 - found["attended_fraction"]
+    assert 0 < found["memory_sparsity"] < found["compute_sparsity"] < 1
+    assert P <= found["index_mass"] <= 1
+    assert found["fallbacks"] == 0
+    assert found["true_mass"] is None
+
+
+def test_true_mass_and_bytes():
+    model, (ids, mask) = tiny(), padded((90, 60))
+    rtpurbo.sparsify(model, config(window=WINDOW, top_p=1.0))
+    with torch.no_grad():
+        output = model(ids[:, :89], attention_mask=mask[:, :89])
+        options = {cache_name(model): cache_of(output)}
+        cache = cache_of(model(ids[:, 89:], attention_mask=mask, **options))
+    found = rtpurbo.stats(model, true_mass=True)
+    assert found["true_mass"] == pytest.approx(1, abs=1e-5)
+    assert found["kv_bytes"] + found["index_bytes"] == cache.nbytes()
+    assert found["dense_bytes"] == cache.nbytes_dense()
+    del cache, output, options
+    assert rtpurbo.stats(model, true_mass=True)["true_mass"] is None
+
+
+@pytest.mark.parametrize("window", [8, 400])
+def test_stats_of_a_dense_prefill(window):
+    model, (ids, mask) = tiny(), padded((90, 60))
+    rtpurbo.sparsify(model, config(window=window, sinks=SINKS))
+    whole(model, ids, mask)
+    found = rtpurbo.stats(model)
+    visible = torch.cat([torch.arange(1, 91), torch.arange(1, 61)]).double()
+    near = visible.clamp(max=window + SINKS)
+    assert found["attended_tokens"] == pytest.approx(((visible + near) / 2).mean().item())
+    assert found["attended_fraction"] == pytest.approx((0.5 + near / visible / 2).mean().item())
+    union = (2 * visible + near) / 3 / visible
+    assert found["memory_sparsity"] == pytest.approx(1 - union.mean().item())
+    assert found["index_mass"] is None
+    assert found["kv_bytes"] == found["dense_bytes"] == 0
+
+
+def test_selection_is_free_of_positions_beyond_what_padding_shifts():
+    """The same text with more padding gives the same logits, to rounding."""
+    model, (ids, mask) = tiny(), padded((70, 70))
+    rtpurbo.sparsify(model, config(window=WINDOW, sinks=SINKS, top_p=P))
+    plain = in_pieces(model, ids, [60, *[1] * 10])
+    shift = torch.zeros(2, 13, dtype=torch.long)
+    moved = in_pieces(
+        model, torch.cat([shift, ids], 1), [73, *[1] * 10], torch.cat([shift, mask], 1)
+    )
+    torch.testing.assert_close(moved[:, 13:], plain, atol=2e-3, rtol=1e-3)
