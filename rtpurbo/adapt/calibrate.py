@@ -42,8 +42,8 @@ class Calibration:
         q_pre, k_pre = context.q_pre, context.k_pre
         assert q_pre is not None and k_pre is not None
         q_index, k_index = ops.index_project(
-            q_pre[:, :, -rows:].float(),
-            k_pre.float(),
+            q_pre[:, :, -rows:],
+            k_pre,
             layer.w_q,
             layer.w_k,
             layer.heads,

@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rtpurbo.heads import write_json
+
 FORMAT_VERSION = 1
 _KEPT = 2
 _PREFIX = "checkpoint-"
@@ -40,16 +42,6 @@ class Checkpoint:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file so that readers see the old one or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
@@ -155,6 +147,7 @@ class CheckpointFolder:
             "sha256": {file.name: sha256_of(file) for file in sorted(scratch.iterdir())},
         }
         write_json(scratch / "state.json", content)
+        _sync(scratch / "state.json")
         place = self._output_dir / f"{_PREFIX}{step:08d}"
         shutil.rmtree(place, ignore_errors=True)
         scratch.rename(place)

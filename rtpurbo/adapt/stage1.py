@@ -277,7 +277,7 @@ class IndexTask:
         index = context.index
         w_q, w_k, offset = (self.parameters[f"{context.number}.{name}"] for name in _TRAINED)
         q_index, k_index = ops.index_project(
-            inputs.q_pre.float(), inputs.k_pre.float(), w_q, w_k, index.heads, index.kv_heads
+            inputs.q_pre, inputs.k_pre, w_q, w_k, index.heads, index.kv_heads
         )
         beyond = self._config.index == "beyond_window"
         kl, kl_rows, *_ = ops.index_kl(
