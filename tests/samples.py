@@ -253,5 +253,9 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Sample]:
         *attention_samples(dtype),
         *decode_samples(dtype),
         *near_lse_samples(dtype),
+        *retrieval_scores_samples(dtype),
+        *index_project_samples(dtype),
+        *cache_samples(dtype),
         *top_p_samples(dtype),
+        *select_samples(dtype),
     ]

@@ -1,46 +1,13 @@
-"""select and top_p over random odd shapes: are the sets legal, large enough, smallest and in order.
-
-A set is judged on its own, so that rounding may move a member whose mass decides nothing.
-"""
+"""top_p over random rows: are the sets legal, large enough, smallest and in order."""
 
 import math
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from rtpurbo import ops
-from tests.properties import ROUNDING
-
-
-def check_set(
-    scores: Tensor, forced: float, p: float, floor: int, chosen: list[int], mass: float
-) -> None:
-    """scores float64 [N] with -inf for non-candidates."""
-    candidates = [n for n, score in enumerate(scores.tolist()) if score > -math.inf]
-    assert chosen == sorted(set(chosen)) and set(chosen) <= set(candidates)
-    if not candidates and forced == -math.inf:
-        assert mass == 1
-        return
-    weights = torch.cat([scores, scores.new_tensor([forced])]).softmax(0)
-    share = weights[chosen].sum().item() + weights[-1].item()
-    assert abs(mass - share) < ROUNDING
-    assert share >= p - ROUNDING
-    assert len(chosen) >= min(floor, len(candidates))
-    if p == 1:
-        assert chosen == candidates
-        return
-    left = [n for n in candidates if n not in set(chosen)]
-    if not chosen:
-        return
-    last = min(chosen, key=lambda n: (scores[n].item(), -n))
-    if len(chosen) > floor:
-        assert share - weights[last].item() < p + ROUNDING
-    if left:
-        assert max(scores[left]) <= scores[last] + ROUNDING * max(1.0, scores[last].abs())
-        ties = [n for n in left if scores[n] == scores[last]]
-        assert not ties or min(ties) > last
+from tests.properties import check_set
 
 
 @given(

@@ -1,0 +1,102 @@
+"""select over random odd shapes: are the sets legal, large enough, smallest and in order."""
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rtpurbo import ops
+from tests.properties import check_set, selections
+from tests.reference.masks import last_positions, near, visible
+from tests.reference.select import block_scores, index_logits
+from tests.reference.softmax import log_sum_exp
+
+
+@given(
+    arguments=selections(),
+    p=st.floats(0.01, 1.0) | st.just(1.0),
+    min_tokens=st.integers(0, 70),
+    block_size=st.sampled_from([1, 16, 32, 64]),
+    room=st.none() | st.floats(0, 1),
+)
+def test_select_sets(arguments, p, min_tokens, block_size, room):
+    q_index, k_index = arguments["q_index"], arguments["k_index"]
+    batch, heads, rows, _ = q_index.shape
+    keys = k_index.shape[2]
+    blocks = -(-keys // block_size)
+    capacity = 0 if room is None else max(1, int(room * blocks))
+    more = dict(p=p, min_tokens=min_tokens, block_size=block_size)
+    indices, counts, mass = ops.select(**arguments, **more, capacity=capacity)
+    unlimited, needed, _ = ops.select(**arguments, **more)
+    assert indices.shape[-1] == (capacity or blocks)
+
+    logits = index_logits(q_index, k_index, arguments["index_map"], arguments["offset"])
+    positions = last_positions(rows, keys, batch)
+    first, window, sinks = (arguments[name] for name in ("start", "window", "sinks"))
+    close = near(positions, keys, first, window, sinks)
+    far = visible(positions, keys, first) & ~close
+    forced = arguments.get("near_lse")
+    if forced is None:
+        forced = log_sum_exp(logits, close[:, None].expand_as(logits))
+    floor = -(-min_tokens // block_size)
+    for b in range(batch):
+        for j in range(heads):
+            for row in range(rows):
+                count = int(counts[b, j, row])
+                if not visible(positions, keys, first)[b, row].any():
+                    assert count == 0 and (indices[b, j, row] == -1).all()
+                    continue
+                if count == -1:
+                    assert needed[b, j, row] > capacity
+                    continue
+                chosen = indices[b, j, row, :count].tolist()
+                assert (
+                    chosen == unlimited[b, j, row, :count].tolist() and count == needed[b, j, row]
+                )
+                assert (indices[b, j, row, count:] == -1).all()
+                scores = block_scores(logits[b, j, row], far[b, row], block_size)
+                check_set(
+                    scores, float(forced[b, j, row]), p, floor, chosen, float(mass[b, j, row])
+                )
+
+
+@given(arguments=selections(), p=st.floats(0.01, 1.0), block_size=st.sampled_from([1, 16]))
+def test_hidden_keys_are_never_read(arguments, p, block_size):
+    more = dict(p=p, min_tokens=3, block_size=block_size)
+    rows, keys = arguments["q_index"].shape[2], arguments["k_index"].shape[2]
+    expected = ops.select(**arguments, **more)
+    if arguments["start"] is not None:
+        for b, first in enumerate(arguments["start"].tolist()):
+            arguments["k_index"][b, :, :first] = torch.nan
+    assert_equal(ops.select(**arguments, **more), expected)
+    row = rows // 2
+    arguments["k_index"][:, :, keys - rows + row + 1 :] = torch.nan
+    got = ops.select(**arguments, **more)
+    assert_equal([t[:, :, : row + 1] for t in got], [t[:, :, : row + 1] for t in expected])
+
+
+def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@given(
+    arguments=selections(max_rows=1),
+    p=st.floats(0.01, 1.0),
+    where=st.sampled_from(["q_index", "k_index", "near_lse"]),
+    block_size=st.sampled_from([1, 16]),
+)
+def test_a_nan_selects_every_far_key(arguments, p, where, block_size):
+    keys = arguments["k_index"].shape[2]
+    arguments |= dict(window=1, sinks=1, start=None)
+    if where == "near_lse":
+        arguments[where] = torch.full(arguments["q_index"].shape[:3], torch.nan)
+    elif keys > 2:
+        arguments[where][:, :, 0 if where == "q_index" else keys // 2, 0] = torch.nan
+    else:
+        return
+    _, counts, mass = ops.select(**arguments, p=p, min_tokens=0, block_size=block_size)
+    far = torch.arange(1, keys - 1) if keys > 2 else torch.arange(0)
+    assert (counts == len((far // block_size).unique())).all() and mass.isnan().all()
