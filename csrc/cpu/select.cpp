@@ -4,48 +4,19 @@
 
 #include <vector>
 
-#include "csrc/cpu/lanes.h"
+#include "csrc/cpu/index_scores.h"
 #include "csrc/cpu/top_p_row.h"
 
 namespace rtpurbo::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kRows = 16;  // query rows scored together
-
-/// log of the sum of exp(scores[0, size)); -inf for nothing, NaN for NaN or +inf.
-template <typename Accum>
-Accum log_sum_exp(const Accum* scores, int64_t size) {
-  using Vec = at::vec::Vectorized<Accum>;
-  constexpr Accum kNone = -std::numeric_limits<Accum>::infinity();
-  if (size <= 0) return kNone;
-  const Accum top = poison_infinity(at::vec::reduce_all<Accum>(
-      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, size));
-  if (!(top > kNone)) return top;
-  const Accum sum = at::vec::map_reduce_all<Accum>(
-      [top](const Vec& x) { return fast_exp(x - Vec(top)); },
-      [](const Vec& a, const Vec& b) { return a + b; }, scores, size);
-  return top + std::log(sum);
-}
-
-template <typename Accum>
-Accum log_add(Accum a, Accum b) {
-  if (a != a || b != b) return a + b;
-  const Accum top = std::max(a, b);
-  return top + std::log(std::exp(a - finite_shift(top)) + std::exp(b - finite_shift(top))) -
-         (top - finite_shift(top));
-}
-
-/// Selects for all queries that read one head of index keys, kRows at a time.
+/// Selects for all queries that read one head of index keys, IndexScores::kRows at a time.
 template <typename Accum>
 class Selector {
  public:
   explicit Selector(const SelectParams& params)
       : p_(params),
-        width_((p_.keys + kKeyTile - 1) / kKeyTile * kKeyTile),
-        queries_(kRows * p_.dim),
-        keys_(kKeyTile * p_.dim),
-        staging_(16 * p_.dim),
-        scores_(kRows * width_),
+        scores_(p_.dim, p_.keys),
         members_(p_.keys),
         blocks_(p_.block_size > 1 ? p_.keys / p_.block_size + 1 : 0) {}
 
@@ -57,38 +28,20 @@ class Selector {
 
   void run(int64_t batch, int64_t key_head, const std::vector<Query>& queries) {
     const auto count = static_cast<int64_t>(queries.size());
-    const Accum scale = Accum(1) / std::sqrt(static_cast<Accum>(p_.dim));
     int64_t last = 0;
     for (int64_t i = 0; i < count; ++i) {
       const HeadRows rows = head_rows(p_.q_dtype, p_.q_index, batch, queries[i].head, p_.rows);
-      Accum* query = queries_.data() + i * p_.dim;
-      copy_head_rows(rows, queries[i].row, 1, query, p_.dim);
-      scale_row(query, scale, query, p_.dim);
+      scores_.set_query(i, rows, queries[i].row);
       last = std::max(last, position(queries[i].row));
     }
     const HeadRows keys = head_rows(p_.k_dtype, p_.k_index, batch, key_head, p_.keys);
     const int64_t start = p_.start_ptr ? std::max<int64_t>(0, p_.start_ptr[batch]) : 0;
-    for (int64_t n = start / kKeyTile * kKeyTile; n <= last; n += kKeyTile) {
-      const int64_t size = std::min(kKeyTile, p_.keys - n);
-      copy_transposed(keys, n, size);
-      gemm<Accum>(count, kKeyTile, p_.dim, queries_.data(), p_.dim, keys_.data(), kKeyTile,
-                  scores_.data() + n, width_, false);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      choose_members(batch, queries[i], start, scores_.data() + i * width_);
-    }
+    scores_.run(count, keys, start, last + 1);
+    for (int64_t i = 0; i < count; ++i) choose_members(batch, queries[i], start, scores_.row(i));
   }
 
  private:
   int64_t position(int64_t row) const { return p_.keys - p_.rows + row; }
-
-  void copy_transposed(const HeadRows& keys, int64_t n, int64_t size) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, keys.dtype, "select", [&] {
-      const auto* rows = static_cast<const scalar_t*>(keys.ptr) + n * keys.stride;
-      pack_transposed([&](int64_t i) { return rows + i * keys.stride; }, size, p_.dim, keys_.data(),
-                      kKeyTile, staging_.data());
-    });
-  }
 
   void choose_members(int64_t batch, const Query& query, int64_t start, const Accum* scores) {
     const int64_t m = position(query.row);
@@ -136,8 +89,7 @@ class Selector {
   }
 
   const SelectParams& p_;
-  const int64_t width_;
-  std::vector<Accum> queries_, keys_, staging_, scores_;
+  IndexScores<Accum> scores_;
   std::vector<int32_t> members_;
   std::vector<Accum> blocks_;
   TopPScratch scratch_;
@@ -159,7 +111,8 @@ void select_rows(const SelectParams& params) {
       for (int64_t row = 0; row < params.rows; ++row) {
         for (int64_t head = 0; head < params.heads; ++head) {
           if (params.index_map[head] != key_head) continue;
-          if (!open || static_cast<int64_t>(units.back().queries.size()) == kRows) {
+          if (!open ||
+              static_cast<int64_t>(units.back().queries.size()) == IndexScores<Accum>::kRows) {
             units.push_back({b, key_head, {}});
             open = true;
           }

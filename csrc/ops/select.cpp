@@ -15,10 +15,6 @@ namespace {
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
 
-const void* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
 Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
                   double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                   const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,

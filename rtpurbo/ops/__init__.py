@@ -7,6 +7,7 @@ from rtpurbo.ops.index_project import index_project
 from rtpurbo.ops.near_lse import near_lse
 from rtpurbo.ops.retrieval_scores import retrieval_scores
 from rtpurbo.ops.select import select
+from rtpurbo.ops.select_tiles import select_tiles
 from rtpurbo.ops.top_p import top_p
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "near_lse",
     "retrieval_scores",
     "select",
+    "select_tiles",
     "top_p",
 ]

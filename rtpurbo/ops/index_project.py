@@ -88,6 +88,4 @@ def _backward(ctx: Any, grad_q_index: Tensor, grad_k_index: Tensor) -> tuple[Ten
     )
 
 
-torch.library.register_autograd(
-    "rtpurbo::index_project", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("rtpurbo::index_project", _backward, setup_context=_setup_context)

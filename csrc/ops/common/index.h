@@ -20,6 +20,11 @@ at::Tensor per_head(const char* op, const char* name, const std::optional<at::Te
 at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
                    const at::Tensor& q_index, at::ScalarType dtype);
 
+/// The data of a tensor that may be undefined.
+inline const void* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
 /// Float64 when one of the two is, otherwise float32.
 at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b);
 

@@ -1,0 +1,80 @@
+#pragma once
+// Index logits of a few query rows over all keys, and the log-masses taken from them.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "csrc/cpu/lanes.h"
+
+namespace rtpurbo::cpu::CPU_CAPABILITY {
+
+/// log of the sum of exp(scores[0, size)); -inf for nothing, NaN for NaN or +inf.
+template <typename Accum>
+Accum log_sum_exp(const Accum* scores, int64_t size) {
+  using Vec = at::vec::Vectorized<Accum>;
+  constexpr Accum kNone = -std::numeric_limits<Accum>::infinity();
+  if (size <= 0) return kNone;
+  const Accum top = poison_infinity(at::vec::reduce_all<Accum>(
+      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, size));
+  if (!(top > kNone)) return top;
+  const Accum sum = at::vec::map_reduce_all<Accum>(
+      [top](const Vec& x) { return fast_exp(x - Vec(top)); },
+      [](const Vec& a, const Vec& b) { return a + b; }, scores, size);
+  return top + std::log(sum);
+}
+
+template <typename Accum>
+Accum log_add(Accum a, Accum b) {
+  if (a != a || b != b) return a + b;
+  const Accum top = std::max(a, b);
+  return top + std::log(std::exp(a - finite_shift(top)) + std::exp(b - finite_shift(top))) -
+         (top - finite_shift(top));
+}
+
+/// Scores up to kRows queries, r^-1/2 q . k, against the keys of one head.
+template <typename Accum>
+class IndexScores {
+ public:
+  static constexpr int64_t kRows = 16;
+
+  IndexScores(int64_t dim, int64_t keys)
+      : dim_(dim),
+        keys_(keys),
+        width_((keys + kKeyTile - 1) / kKeyTile * kKeyTile),
+        queries_(kRows * dim),
+        packed_(kKeyTile * dim),
+        staging_(16 * dim),
+        scores_(kRows * width_) {}
+
+  /// Sets query `slot` to row `n` of `rows`.
+  void set_query(int64_t slot, const HeadRows& rows, int64_t n) {
+    Accum* query = queries_.data() + slot * dim_;
+    copy_head_rows(rows, n, 1, query, dim_);
+    scale_row(query, Accum(1) / std::sqrt(static_cast<Accum>(dim_)), query, dim_);
+  }
+
+  /// Scores the first `count` queries against keys [begin, end), and some around them.
+  void run(int64_t count, const HeadRows& rows, int64_t begin, int64_t end) {
+    for (int64_t n = begin / kKeyTile * kKeyTile; n < end; n += kKeyTile) {
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.dtype, "index_scores", [&] {
+        const auto* first = static_cast<const scalar_t*>(rows.ptr) + n * rows.stride;
+        pack_transposed([&](int64_t i) { return first + i * rows.stride; },
+                        std::min(kKeyTile, keys_ - n), dim_, packed_.data(), kKeyTile,
+                        staging_.data());
+      });
+      gemm<Accum>(count, kKeyTile, dim_, queries_.data(), dim_, packed_.data(), kKeyTile,
+                  scores_.data() + n, width_, false);
+    }
+  }
+
+  /// The scores of query `slot`, by key.
+  const Accum* row(int64_t slot) const { return scores_.data() + slot * width_; }
+
+ private:
+  const int64_t dim_, keys_, width_;
+  std::vector<Accum> queries_, packed_, staging_, scores_;
+};
+
+}  // namespace rtpurbo::cpu::CPU_CAPABILITY
