@@ -140,4 +140,5 @@ def same_model(first: str, second: str) -> bool:
 def heads_first(states: Tensor, heads: int) -> Tensor:
     """[B, M, H·D] or [B, M, H, D], as the submodules give it, as [B, H, M, D]."""
     batch, length = states.shape[:2]
-    return states.view(batch, length, heads, -1).transpose(1, 2)
+    dim = states.shape[2:].numel() // heads
+    return states.view(batch, length, heads, dim).transpose(1, 2)

@@ -128,7 +128,7 @@ def attach(model: Any, found: SparseState) -> None:
                 module.register_forward_pre_hook(context.before_forward, with_kwargs=True)
             )
         decoder = families.decoder(model)
-        hook = _CacheHook(model, list(inspect.signature(decoder.forward).parameters))
+        hook = _DecoderHook(model, list(inspect.signature(decoder.forward).parameters))
         found.handles.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
         model.set_attn_implementation(attention.IMPLEMENTATION)
     except BaseException:
@@ -146,8 +146,11 @@ def _detach(model: Any) -> None:
         del context.module.__dict__[KEY]
 
 
-class _CacheHook:
-    """Forward pre-hook of the decoder: makes or takes over the cache, under either of its names."""
+class _DecoderHook:
+    """Forward pre-hook of the decoder: refuses what does not work, and supplies the cache.
+
+    The cache is made or taken over under either of its names.
+    """
 
     def __init__(self, model: Any, parameters: list[str]) -> None:
         self.model = model
@@ -160,6 +163,8 @@ class _CacheHook:
         cache = kwargs.get(name)
         if len(args) > self.position:
             raise TypeError(f"rtpurbo: {self.name} must be passed by keyword")
+        if found.active:
+            _refuse(args, kwargs)
         if not found.active or found.observer is not None:
             if cache is not None and (found.active or isinstance(cache, RTPurboCache)):
                 raise ValueError(
@@ -173,6 +178,18 @@ class _CacheHook:
         elif _use_cache(module, kwargs):
             kwargs[name] = RTPurboCache(self.model)
         return args, kwargs
+
+
+def _refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "rtpurbo: output_attentions must be False, a sparse model has no attention matrices; "
+            "use rtpurbo.patching.dense(model) or rtpurbo.restore(model)"
+        )
+    inputs = args[0] if args else kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    if inputs is not None and inputs.shape[1] == 0:
+        raise ValueError("rtpurbo: a forward needs at least one token, got none")
 
 
 def _use_cache(module: Any, kwargs: dict[str, Any]) -> bool:

@@ -114,6 +114,23 @@ def test_padding_that_changes_is_refused():
         model(ids[:, :1], attention_mask=torch.ones(1, 7), **options)
 
 
+def test_no_tokens_and_attention_matrices_are_refused():
+    model = rtpurbo.sparsify(tiny(), config())
+    with pytest.raises(ValueError, match="at least one token"):
+        model(tokens()[:, :0])
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(tokens(), output_attentions=True)
+
+
+def test_a_row_of_padding_and_a_single_token():
+    model, ids = tiny(), tokens(5, 2)
+    expected = whole(model, ids[:, :1])
+    rtpurbo.sparsify(model, config())
+    torch.testing.assert_close(whole(model, ids[:, :1]), expected)
+    nothing = torch.tensor([[0] * 5, [1] * 5])
+    assert model(ids, attention_mask=nothing).logits.isfinite().all()
+
+
 def test_attention_dropout_is_refused():
     model = rtpurbo.sparsify(tiny(attention_dropout=0.1), config()).train()
     with pytest.raises(NotImplementedError, match="dropout"):
