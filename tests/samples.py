@@ -193,6 +193,7 @@ def select_tiles_samples(dtype: torch.dtype) -> list[Sample]:
 
 
 def index_kl_samples(dtype: torch.dtype) -> list[Sample]:
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     base = dict(
         q=numbers(2, 6, 5, 16, dtype=dtype),
         k=numbers(2, 2, 40, 16, dtype=dtype),
@@ -201,7 +202,7 @@ def index_kl_samples(dtype: torch.dtype) -> list[Sample]:
         rows=torch.tensor([[0, 7, 20, 38, 39], [3, 9, 21, 30, 39]]),
         retrieval_heads=[0, 2, 4],
         index_map=[0, 0, 1],
-        offset=numbers(3),
+        offset=numbers(3, dtype=accumulated),
         window=6,
         sinks=2,
         scale=0.25,
@@ -258,4 +259,5 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Sample]:
         *cache_samples(dtype),
         *top_p_samples(dtype),
         *select_samples(dtype),
+        *select_tiles_samples(dtype),
     ]
