@@ -24,7 +24,7 @@ struct HeadwiseShape {
 class HeadwiseLayout {
  public:
   static constexpr int64_t kPageTokens = 64;
-  static constexpr int64_t kGrowthDivisor = 32;
+  static constexpr int64_t kGrowthDivisor = 64;
 
   // Throws std::invalid_argument on sizes that make no layout.
   explicit HeadwiseLayout(HeadwiseShape shape);
