@@ -24,6 +24,7 @@ SETTINGS = [
     {"index": "full"},
     {"block_size": 16},
     {"share_index_keys": True},
+    {"prefill": "sparse", "min_tokens": 4096},
 ]
 
 

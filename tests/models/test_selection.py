@@ -87,6 +87,59 @@ def test_decode_of_the_first_layer(settings):
     torch.testing.assert_close(last.mass.double(), mass, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("index", ["beyond_window", "full"])
+def test_sparse_prefill_keeps_to_its_tiles(index):
+    """Chunks that end where tiles do select what one forward selects, and less than everything."""
+    model, (ids, mask) = tiny(), padded((600, 350))
+    dense = whole(model, ids, mask)
+    chosen = config(window=64, top_p=0.5, min_tokens=64, prefill="sparse", index=index)
+    rtpurbo.sparsify(model, chosen)
+    found = whole(model, ids, mask)
+    statistics = rtpurbo.stats(model)
+    assert 0.5 <= statistics["index_mass"] <= 1
+    assert 0.1 < statistics["compute_sparsity"] < 1
+    chunks = in_pieces(model, ids, [256, 128, 216], mask)
+    torch.testing.assert_close(chunks[mask.bool()], found[mask.bool()], atol=2e-3, rtol=1e-3)
+    assert not torch.allclose(found[mask.bool()], dense[mask.bool()], atol=1e-2)
+
+
+@pytest.mark.parametrize("index", ["beyond_window", "full"])
+def test_sparse_prefill_of_the_first_layer(index):
+    model, (ids, mask) = tiny(), padded((400, 210))
+    chosen = config(window=32, sinks=SINKS, top_p=0.4, min_tokens=0, prefill="sparse", index=index)
+    rtpurbo.sparsify(model, chosen)
+    state(model).index.layers[0].threshold.copy_(torch.tensor([0.3, 0.6, 0.9]))
+    found = captured(model)[0]
+    whole(model, ids, mask)
+    q_pre, k_pre, v = (
+        heads_first(found[name][0][1], heads)
+        for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS), ("v_proj", KV_HEADS))
+    )
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cos, sin = model.model.rotary_emb(q_pre, positions)
+    q, k = (x * cos[:, None] + rotate_half(x) * sin[:, None] for x in (q_pre, k_pre))
+    start, scale = (mask == 0).sum(-1), DIM**-0.5
+    layer, owners = state(model).index.layers[0], [1, 2, 2]
+    heads = MIXED[0].nonzero().flatten().tolist()
+    near = None
+    if index == "beyond_window":
+        near = reference.near_lse(q, k, heads, owners, 32, SINKS, scale, start)
+    q_index, k_index = reference.index_project(
+        q_pre, k_pre, layer.w_q, layer.w_k, heads, layer.kv_heads
+    )
+    lists = reference.select_tiles(
+        q_index.half(), k_index.half(), layer.index_map, layer.threshold, chosen.near_window, SINKS,
+        4, near_lse=near, start=start, offset=layer.offset if near is not None else None,
+    )  # fmt: skip
+    out, _ = reference.attention(
+        q, k, v, heads, 32, SINKS, scale, start, block_indices=lists[0], block_counts=lists[1]
+    )
+    expected = out.transpose(1, 2).flatten(2)[mask.bool()]
+    result = found["o_proj"][0][0][mask.bool()].double()
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(state(model).layers[0].last.counts, lists[1].int())
+
+
 def rotate_half(x):
     return torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1)
 
