@@ -3,6 +3,7 @@
 from rtpurbo.ops.attention import attention
 from rtpurbo.ops.cache import cache_append, cache_append_index, cache_unroll
 from rtpurbo.ops.decode import decode
+from rtpurbo.ops.index_kl import index_kl
 from rtpurbo.ops.index_project import index_project
 from rtpurbo.ops.near_lse import near_lse
 from rtpurbo.ops.retrieval_scores import retrieval_scores
@@ -16,6 +17,7 @@ __all__ = [
     "cache_append_index",
     "cache_unroll",
     "decode",
+    "index_kl",
     "index_project",
     "near_lse",
     "retrieval_scores",
