@@ -1,0 +1,47 @@
+"""Where something ran: hardware and versions, for reports and `rtpurbo info`."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtpurbo._C import build_info
+
+_PACKAGES = ("rtpurbo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions of the packages that matter (those installed) and the build."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _versions(),
+        "build": build_info(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
