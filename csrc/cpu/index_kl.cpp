@@ -85,8 +85,10 @@ class BlockWorker {
     const int64_t head = p_.retrieval_heads[j];
     const HeadRows q = head_rows(p_.dtype, p_.q, batch, head, p_.rows);
     const HeadRows q_index = head_rows(p_.q_index_dtype, p_.q_index, batch, j, p_.rows);
-    keys_ = head_rows(p_.dtype, p_.k, batch, head / p_.group, p_.keys);
-    index_head_ = head_rows(p_.k_index_dtype, p_.k_index, batch, p_.index_map[j], p_.keys);
+    // Keys that no row of the block sees are not read: their gradient of 0 would not hide a NaN.
+    const int64_t seen = p_.rows_ptr[batch * p_.rows + rows[count - 1]] + 1;
+    keys_ = head_rows(p_.dtype, p_.k, batch, head / p_.group, seen);
+    index_head_ = head_rows(p_.k_index_dtype, p_.k_index, batch, p_.index_map[j], seen);
     offset_ = p_.offset_ptr ? static_cast<const Accum*>(p_.offset_ptr)[j] : Accum(0);
     start_ = start;
     std::fill(index_rows_.begin(), index_rows_.end(), Accum(0));

@@ -112,7 +112,9 @@ def _backward(ctx: Any, grad_kl: Tensor | None, *_: Tensor | None) -> tuple[Tens
     grad_q = (by_q * upstream).to(by_q.dtype)
     per_head = (by_k * upstream).to(by_k.dtype)
     grad_k = per_head.new_zeros((per_head.shape[0], ctx.key_heads, *per_head.shape[2:]))
-    grad_k = grad_k.index_add(1, torch.tensor(ctx.index_map, device=by_k.device), per_head)
+    grad_k = grad_k.index_add(
+        1, torch.tensor(ctx.index_map, dtype=torch.int64, device=by_k.device), per_head
+    )
     grad_offset = (by_offset * grad_kl).to(by_offset.dtype) if ctx.has_offset else None
     return None, None, grad_q, grad_k, None, None, None, grad_offset, *[None] * 5
 
