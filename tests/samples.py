@@ -259,5 +259,6 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Sample]:
         *cache_samples(dtype),
         *top_p_samples(dtype),
         *select_samples(dtype),
+        *index_kl_samples(dtype),
         *select_tiles_samples(dtype),
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rtpurbo import ops
 from tests import reference
 from tests.samples import Sample, samples
 
@@ -48,6 +49,10 @@ def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, atol=0, rtol=0, equal_nan=True)
+
+
+def test_every_operator_has_samples_and_a_reference():
+    assert {sample.op for sample in SAMPLES} == set(ops.__all__) == set(reference.__all__)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
