@@ -79,7 +79,7 @@ def evaluate(
             for name in modes:
                 with mode(model, name, local):
                     used = None if name == "dense" else patching.state(model).config.window
-                    ticks.label = f"{"prefill" if kind else "decode"} {length:,} {name}"
+                    ticks.label = f"{'prefill' if kind else 'decode'} {length:,} {name}"
                     if _needles(kind):
                         batches = [
                             needle_prompts(
