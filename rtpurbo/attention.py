@@ -178,7 +178,7 @@ def _decode(
     cache.append(k, v, k_index, start)
     k_pages, v_pages = cache.pages()
     last = LastForward(1, cache.length, q.shape[0], start, scale, q=q)
-    if heads:
+    if q_index is not None:
         near = _near_lse(context, q, k_pages, context.page_heads, start, scale)
         last.indices, last.counts, last.mass = ops.select(
             q_index, cache.index_keys(), context.index.index_map, config.top_p,
@@ -231,7 +231,7 @@ def _tiles(
     """What retrieval heads see in prefill: block lists, or nothing where they run dense."""
     config = context.state.config
     last = context.last = LastForward(q.shape[2], k.shape[2], q.shape[0], start, scale)
-    if context.heads and config.prefill == "sparse":
+    if q_index is not None and k_index is not None and config.prefill == "sparse":
         index, q, k = context.index, q.detach(), k.detach()
         last.indices, last.counts, last.mass = ops.select_tiles(
             q_index, k_index, index.index_map, index.threshold, config.near_window, config.sinks,
