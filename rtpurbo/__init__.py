@@ -7,11 +7,13 @@ from rtpurbo.cache import RTPurboCache
 from rtpurbo.checkpoint import from_pretrained, save_pretrained
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.detect import detect_heads
+from rtpurbo.evaluate import EvalReport, evaluate
 from rtpurbo.heads import HeadMap
 from rtpurbo.patching import is_sparse, restore, sparse, sparsify
 from rtpurbo.stats import stats
 
 __all__ = [
+    "EvalReport",
     "HeadMap",
     "RTPurboCache",
     "RTPurboConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "data",
     "detect_heads",
     "distill",
+    "evaluate",
     "from_pretrained",
     "is_sparse",
     "ops",

@@ -24,7 +24,7 @@ def plot_heads(heads: HeadMap, path: str | Path | None = None) -> Any:
     """
     layers, width = heads.scores.shape
     size = (min(16.0, 3.0 + 0.3 * width), min(16.0, 2.0 + 0.2 * layers))
-    figure, axes = _figure(size)
+    figure, (axes,) = _figure(size)
     image = axes.imshow(heads.scores.numpy(), cmap="magma", vmin=0, aspect="auto")
     for layer, head in heads.roles.nonzero().tolist():
         axes.add_patch(_outline(head, layer))
@@ -48,7 +48,7 @@ def plot_training(source: Any, path: str | Path | None = None) -> Any:
     steps, losses, label = _curve(source)
     if not losses:
         raise ValueError("rtpurbo.plots: there is no training step to draw")
-    figure, axes = _figure((7.0, 4.0))
+    figure, (axes,) = _figure((7.0, 4.0))
     axes.plot(steps, losses, linewidth=0.8, alpha=0.4, label="each step")
     axes.plot(steps, _running_mean(losses), linewidth=1.8, label="running mean")
     axes.set_xlabel("step")
@@ -68,7 +68,9 @@ def plot_lengths(report: EvalReport, path: str | Path | None = None) -> Any:
     tasks = list(report.scores)
     if not tasks:
         raise ValueError("rtpurbo.plots: the report has no rows")
-    figure, axes = _figure((4.0 * (len(tasks) + 1), 3.6), columns=len(tasks) + 1)
+    measured = [row for row in report.rows if row.attended_fraction is not None]
+    columns = len(tasks) + bool(measured)
+    figure, axes = _figure((4.0 * columns, 3.6), columns)
     for place, task in zip(axes, tasks, strict=False):
         rows = [row for row in report.rows if row.task == task]
         _lines(place, rows, "score")
@@ -77,11 +79,12 @@ def plot_lengths(report: EvalReport, path: str | Path | None = None) -> Any:
         if rows[0].is_share:
             place.set_ylim(-0.03, 1.03)
         place.legend()
-    measured = [row for row in report.rows if row.attended_fraction is not None]
-    _lines(axes[-1], [row for row in measured if row.task == measured[0].task], "attended_fraction")
-    axes[-1].set_title("decode")
-    axes[-1].set_ylabel("attended share of keys")
-    axes[-1].set_ylim(0, 1.03)
+    if measured:
+        first = [row for row in measured if row.task == measured[0].task]
+        _lines(axes[-1], first, "attended_fraction")
+        axes[-1].set_title("decode")
+        axes[-1].set_ylabel("attended share of keys")
+        axes[-1].set_ylim(0, 1.03)
     return _finish(figure, path)
 
 
@@ -122,6 +125,7 @@ def _running_mean(values: list[float]) -> list[float]:
 
 
 def _figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
+    """A figure of no window, and its axes side by side."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -131,7 +135,7 @@ def _figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _outline(column: int, row: int) -> Any:

@@ -1,4 +1,4 @@
-"""Needles: the prompt is prefilled once, the answer decoded greedily and compared token by token."""
+"""Needles: the prompt is prefilled once, the answer decoded greedily and compared."""
 
 from __future__ import annotations
 

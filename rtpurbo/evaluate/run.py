@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from rtpurbo import families, patching
 from rtpurbo.data import excerpts, needle_prompts, prose
 from rtpurbo.environment import environment
@@ -79,7 +81,7 @@ def evaluate(
             for name in modes:
                 with mode(model, name, local):
                     used = None if name == "dense" else patching.state(model).config.window
-                    ticks.label = f"{'prefill' if kind else 'decode'} {length:,} {name}"
+                    ticks.label = f"{_label(kind)} {length:,} {name}"
                     if _needles(kind):
                         batches = [
                             needle_prompts(
@@ -90,7 +92,8 @@ def evaluate(
                         found.append(_needle_row(model, kind, length, name, used, batches, ticks))
                         continue
                     samples = [
-                        excerpts(tokenizer, haystack, length, texts_per_seed, seed) for seed in seeds
+                        excerpts(tokenizer, haystack, length, texts_per_seed, seed)
+                        for seed in seeds
                     ]
                     pair = _text_rows(
                         model, kind, length, name, used, samples, rows, reference, ticks
@@ -173,7 +176,7 @@ def _text_rows(
     count = rows if not kind else length // 2
     by_seed = []
     for batch in samples:
-        total = 0.0
+        total = torch.zeros(2, dtype=torch.float64)
         for tokens in batch:
             if kind:
                 hidden = texts.prefilled(model, tokens, count)
@@ -212,6 +215,10 @@ def _needles(task: str) -> int:
     return int(match[1]) if match else 0
 
 
+def _label(kind: str) -> str:
+    return kind if _needles(kind) else f"text, {'prefill' if kind else 'decode'},"
+
+
 def _modes(model: Any, modes: Sequence[str] | None) -> list[str]:
     sparse = patching.is_sparse(model)
     if modes is None:
@@ -244,8 +251,9 @@ def _check(
         )
     if not lengths or not seeds or min(prompts, texts_per_seed, rows) < 1:
         raise ValueError(
-            "rtpurbo.evaluate: lengths and seeds must not be empty, and prompts, texts_per_seed and "
-            f"rows be >= 1, got {list(lengths)}, {list(seeds)}, {prompts}, {texts_per_seed}, {rows}"
+            "rtpurbo.evaluate: lengths and seeds must not be empty, and prompts, texts_per_seed "
+            f"and rows be >= 1, got {list(lengths)}, {list(seeds)}, {prompts}, {texts_per_seed} "
+            f"and {rows}"
         )
     if "kl" in tasks or "nll" in tasks:
         short = [length for length in lengths if length < rows + 2]

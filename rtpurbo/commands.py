@@ -1,0 +1,447 @@
+"""The commands of `rtpurbo`: detect, adapt, eval, generate, bench, demo, info."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import rtpurbo
+from rtpurbo.checkpoint import MANIFEST
+from rtpurbo.environment import environment
+from rtpurbo.evaluate.report import human_bytes
+
+app = typer.Typer(
+    help="Turn a full-attention Hugging Face model into a sparse one, and run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+
+class DType(StrEnum):
+    """Element types of loaded weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class IndexForm(StrEnum):
+    """Forms of the index; see RTPurboConfig."""
+
+    beyond_window = "beyond_window"
+    full = "full"
+
+
+class Prefill(StrEnum):
+    """How retrieval heads prefill."""
+
+    dense = "dense"
+    sparse = "sparse"
+
+
+class Mode(StrEnum):
+    """How a model is evaluated."""
+
+    dense = "dense"
+    sparse = "sparse"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]
+TextsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--texts", help="Text files to use, repeatable [default: prose of this machine]."),
+]
+DTypeOption = Annotated[DType, typer.Option(help="Element type of the weights.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@app.command()
+def detect(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Head map, JSON.")] = Path(
+        "heads.json"
+    ),
+    length: Annotated[int, typer.Option(help="Tokens of a document.")] = 8192,
+    documents: Annotated[int, typer.Option(help="Number of documents.")] = 8,
+    needle_length: Annotated[int, typer.Option(help="Tokens of the needle.")] = 32,
+    share: Annotated[float, typer.Option(help="Share of the heads that retrieve.")] = 0.15,
+    texts: TextsOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the map there.")] = None,
+    rtp_llm: Annotated[Path | None, typer.Option(help="Also write rtp-llm's config.")] = None,
+    duo_attention: Annotated[
+        Path | None, typer.Option(help="Also write DuoAttention's files into that folder.")
+    ] = None,
+    dtype: DTypeOption = DType.float32,
+    seed: SeedOption = 0,
+) -> None:
+    """Find the retrieval heads of a model and write the head map."""
+    network, tokenizer = _load_dense(model, dtype)
+    with _bar("documents") as tick:
+        heads = rtpurbo.detect_heads(
+            network,
+            tokenizer,
+            documents=_read(texts),
+            length=length,
+            num_documents=documents,
+            needle_length=needle_length,
+            share=share,
+            seed=seed,
+            progress=tick,
+        )
+    heads.save(output)
+    if plot is not None:
+        heads.plot(plot)
+    if rtp_llm is not None:
+        config = {"headwise_config": heads.to_headwise_config()}
+        rtp_llm.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    if duo_attention is not None:
+        heads.to_duo_attention(duo_attention)
+    console.print(_stability(heads))
+    written = [path for path in (output, plot, rtp_llm, duo_attention) if path is not None]
+    console.print(f"{heads!r}, written to {', '.join(map(str, written))}")
+
+
+@app.command()
+def adapt(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the sparse model.")],
+    heads: Annotated[Path | None, typer.Option(help="Head map [default: detected here].")] = None,
+    share: Annotated[float, typer.Option(help="Share of heads, when detecting.")] = 0.15,
+    window: Annotated[int, typer.Option(help="Window of the local heads.")] = 8192,
+    sinks: Annotated[int, typer.Option(help="First keys that every head sees.")] = 4,
+    index: Annotated[IndexForm, typer.Option(help="Form of the index.")] = IndexForm.beyond_window,
+    index_dim: Annotated[int, typer.Option(help="Dimensions of the index.")] = 16,
+    top_p: Annotated[float, typer.Option(help="Mass that a selection reaches.")] = 0.9,
+    min_tokens: Annotated[int, typer.Option(help="Floor of a selection.")] = 64,
+    recent: Annotated[int, typer.Option(help="Recent keys that index=full always takes.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Tokens selected together: 1, 16, 32, 64.")] = 1,
+    prefill: Annotated[Prefill, typer.Option(help="Prefill of retrieval heads.")] = Prefill.dense,
+    share_index_keys: Annotated[
+        bool, typer.Option("--share-index-keys", help="One index key a KV head.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 32768,
+    sequences: Annotated[int, typer.Option(help="Training sequences of each stage.")] = 600,
+    index_steps: Annotated[int, typer.Option(help="Steps of stage 1, 0 for none.")] = 600,
+    index_lr: Annotated[float, typer.Option(help="Peak learning rate of stage 1.")] = 1e-3,
+    rows: Annotated[int, typer.Option(help="Rows sampled from a sequence.")] = 512,
+    distill_steps: Annotated[int, typer.Option(help="Steps of stage 2, 0 for none.")] = 600,
+    distill_lr: Annotated[float, typer.Option(help="Learning rate of stage 2.")] = 3e-6,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step of stage 2.")] = 8,
+    lora: Annotated[
+        int, typer.Option(help="Rank of a LoRA for stage 2, 0 trains all weights.")
+    ] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 autocast.")] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of checkpoints and metrics; the same command resumes from it."),
+    ] = None,
+    texts: TextsOption = None,
+    dtype: DTypeOption = DType.float32,
+    seed: SeedOption = 0,
+) -> None:
+    """Make a model sparse, train its index, distil it, and save it."""
+    network, tokenizer = _load_dense(model, dtype)
+    documents = _read(texts) or rtpurbo.data.prose()
+    if heads is not None:
+        head_map = rtpurbo.HeadMap.load(heads)
+    else:
+        with _bar("detecting heads") as tick:
+            head_map = rtpurbo.detect_heads(
+                network, tokenizer, documents=documents, share=share, seed=seed,
+                length=min(length, 8192), progress=tick,
+            )  # fmt: skip
+    config = rtpurbo.RTPurboConfig(
+        heads=head_map,
+        window=window,
+        sinks=sinks,
+        index_dim=index_dim,
+        index=index.value,
+        top_p=top_p,
+        min_tokens=min_tokens,
+        recent=recent,
+        block_size=block_size,
+        prefill=prefill.value,
+        share_index_keys=share_index_keys,
+    )
+    rtpurbo.sparsify(network, config)
+    precision: Any = "bf16" if bf16 else "no"
+    if index_steps:
+        tokens = rtpurbo.data.retrieval_sequences(tokenizer, documents, length, sequences, seed)
+        result = rtpurbo.train_index(
+            network,
+            tokens,
+            steps=index_steps,
+            lr=index_lr,
+            rows=rows,
+            mixed_precision=precision,
+            output_dir=work and work / "index",
+            seed=seed,
+        )
+        console.print(_figures("Stage 1", result.metrics))
+    if distill_steps:
+        samples = rtpurbo.data.excerpts(tokenizer, documents, length, sequences, seed)
+        result = rtpurbo.distill(
+            network,
+            samples,
+            steps=distill_steps,
+            lr=distill_lr,
+            lora=lora or None,
+            batch_size=batch_size,
+            mixed_precision=precision,
+            output_dir=work and work / "distill",
+            seed=seed,
+        )
+        console.print(_figures("Stage 2", result.metrics))
+    rtpurbo.save_pretrained(network, output, tokenizer)
+    console.print(f"Sparse model written to {output}")
+
+
+@app.command("eval")
+def eval_command(
+    model: ModelArgument,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="niah, mkN, kl, nll, prefill_kl, prefill_nll; repeatable."),
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; repeatable.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts of a needle task.")] = 20,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeatable.")] = None,
+    texts_per_seed: Annotated[int, typer.Option(help="Texts of the other tasks.")] = 3,
+    rows: Annotated[int, typer.Option(help="Decode steps of a text.")] = 128,
+    window: Annotated[int | None, typer.Option(help="Window for all lengths.")] = None,
+    window_divisor: Annotated[
+        int | None, typer.Option(help="Window = length // this, e.g. 8.")
+    ] = None,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="dense, sparse; repeatable [default: both].")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Dense model of the KL [default: this one, dense].")
+    ] = None,
+    texts: TextsOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Report, JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Table, Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture over lengths.")] = None,
+    dtype: DTypeOption = DType.float32,
+) -> None:
+    """Score a model on needles and text, dense and sparse side by side."""
+    network, tokenizer = _load(model, dtype)
+    with _bar("evaluating") as tick:
+        report = rtpurbo.evaluate(
+            network,
+            tokenizer,
+            task or ("niah", "mk8", "kl", "nll"),
+            length or (4096, 8192),
+            prompts=prompts,
+            seeds=seed or (0,),
+            documents=_read(texts),
+            texts_per_seed=texts_per_seed,
+            rows=rows,
+            window=window,
+            window_divisor=window_divisor,
+            modes=[entry.value for entry in mode] if mode else None,
+            reference=_load_dense(reference, dtype)[0] if reference else None,
+            progress=lambda label, done, total: tick(done, total, label),
+        )
+    console.print(report.table())
+    if output is not None:
+        report.save(output)
+    if markdown is not None:
+        markdown.write_text(report.to_markdown() + "\n", encoding="utf-8")
+    if plot is not None:
+        report.plot(plot)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Run full attention.")] = False,
+    dtype: DTypeOption = DType.float32,
+    seed: SeedOption = 0,
+) -> None:
+    """Continue a prompt, and say what was attended to."""
+    from transformers import TextStreamer
+
+    text = _prompt(prompt, file)
+    network, tokenizer = _load(model, dtype)
+    if dense and rtpurbo.is_sparse(network):
+        rtpurbo.restore(network)
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
+    torch.manual_seed(seed)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else greedy
+    network.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        **sampling,
+    )
+    if rtpurbo.is_sparse(network):
+        console.print(_last_forward(rtpurbo.stats(network)))
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks [default: all].")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs, of which the median counts.")] = 3,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Results, JSON.")] = None,
+) -> None:
+    """Run the operator benchmarks of a source checkout."""
+    root = Path(rtpurbo.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        _fail("the benchmarks come with a source checkout; clone the repository and `make bench`")
+    command = [sys.executable, "-m", "benchmarks", *(names or []), "--repeats", str(repeats)]
+    if output is not None:
+        command += ["--output", str(output.resolve())]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Your own model [default: SmolLM2-135M, 32K].")
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A short run.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all files.")] = Path(
+        "out/demo"
+    ),
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the download is kept [default: ~/.cache/rtpurbo].")
+    ] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Run the whole method on a small real model, start to finish."""
+    from rtpurbo.demo import FAST, FULL, run
+
+    run(FAST if fast else FULL, model=model, output=output, cache=cache, seed=seed, console=console)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="A sparse model's folder or a head map to describe.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the build and the machine, or what a saved sparse model or head map holds."""
+    facts = environment() if model is None else _describe(Path(model))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1, default=str))
+    else:
+        console.print(_figures(model or "rtpurbo", facts))
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        heads = rtpurbo.HeadMap.load(path)
+        return {"heads": repr(heads), "model": heads.model_id, "stability": heads.stability}
+    if not (path / MANIFEST).is_file():
+        _fail(f"{path} is neither a head map nor a folder that rtpurbo.save_pretrained wrote")
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    config = rtpurbo.RTPurboConfig.from_dict(manifest["config"])
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("heads", "format")}
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    return {
+        "heads": repr(config.heads),
+        "model": manifest["base_model"]["identity"],
+        "index trained": manifest["index"]["trained"],
+        "size": human_bytes(size),
+        **settings,
+    }
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[red]rtpurbo:[/red] {message}", highlight=False)
+    raise typer.Exit(2)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        _fail("give either a PROMPT or --file")
+    if file is not None:
+        return file.read_text(encoding="utf-8")
+    return sys.stdin.read() if prompt == "-" else str(prompt)
+
+
+def _load(model: str, dtype: DType) -> tuple[Any, Any]:
+    """A saved sparse model, or any other as transformers loads it."""
+    if (Path(model) / MANIFEST).is_file():
+        network, tokenizer = rtpurbo.from_pretrained(model, dtype=getattr(torch, dtype.value))
+        if tokenizer is None:
+            _fail(f"{model} was saved without a tokenizer")
+        return network, tokenizer
+    return _load_dense(model, dtype)
+
+
+def _load_dense(model: str, dtype: DType) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype.value))
+    if torch.cuda.is_available():
+        console.print("Whole models run on the CPU for now; the GPU is not used.")
+    return network.eval(), AutoTokenizer.from_pretrained(model)
+
+
+def _read(texts: list[Path] | None) -> list[str] | None:
+    return [path.read_text(encoding="utf-8") for path in texts] if texts else None
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields tick(done, total, label)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(label, total=None)
+
+        def tick(done: int, total: int, now: str = label) -> None:
+            progress.update(task, completed=done, total=total, description=now)
+
+        yield tick
+
+
+def _figures(title: str, figures: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in figures.items():
+        table.add_row(str(name), f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _stability(heads: rtpurbo.HeadMap) -> Table:
+    """How far documents and lengths agree on the heads."""
+    table = Table("between", "rank correlation", "overlap of the retrieval heads")
+    for what in ("documents", "lengths"):
+        agreement = heads.stability[what]
+        table.add_row(what, f"{agreement['rank_correlation']:.2f}", f"{agreement['overlap']:.2f}")
+    return table
+
+
+def _last_forward(seen: dict[str, Any]) -> str:
+    held = seen["kv_bytes"] + seen["index_bytes"]
+    return (
+        f"last step: {seen['attended_tokens']:,.0f} of {seen['keys']:,} keys attended, cache "
+        f"{human_bytes(held)} against {human_bytes(seen['dense_bytes'])} dense"
+    )

@@ -1,0 +1,207 @@
+"""Every command and every option, on tiny models."""
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import rtpurbo
+from rtpurbo.commands import app
+from tests.front import DOCUMENTS, ROLES, network, saved
+from tests.tokenizers import byte_tokenizer
+
+
+def run(*arguments, code=0, stdin=None):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.stdout if code == 0 else result.output
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text(DOCUMENTS[0])
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("models") / "sparse", sparse=True)
+
+
+def test_every_command_has_help():
+    listed = run("--help")
+    for command in ("detect", "adapt", "eval", "generate", "bench", "demo", "info"):
+        assert command in listed
+        assert "Usage" in run(command, "-h")
+
+
+def test_detect_writes_every_format(dense, texts, tmp_path):
+    out = tmp_path / "heads.json"
+    printed = run(
+        "detect", dense, "--output", out, "--length", 200, "--documents", 2, "--needle-length", 8,
+        "--share", 0.25, "--texts", texts, "--plot", tmp_path / "heads.png", "--rtp-llm",
+        tmp_path / "rtp.json", "--duo-attention", tmp_path / "duo", "--dtype", "float32",
+        "--seed", 3,
+    )  # fmt: skip
+    heads = rtpurbo.HeadMap.load(out)
+    again = rtpurbo.detect_heads(
+        network(), byte_tokenizer(), documents=DOCUMENTS, length=200, num_documents=2,
+        needle_length=8, share=0.25, seed=3,
+    )  # fmt: skip
+    assert heads == again and int(heads.roles.sum()) == 2
+    assert "2 of 2x4 heads retrieve" in printed.replace("\n", " ")
+    assert (tmp_path / "heads.png").stat().st_size > 1000
+    config = json.loads((tmp_path / "rtp.json").read_text())
+    assert torch.equal(rtpurbo.HeadMap.from_headwise_config(config).roles, heads.roles)
+    assert (tmp_path / "duo" / "full_attention_heads.tsv").is_file()
+
+
+def test_adapt_passes_every_setting_on(dense, texts, tmp_path):
+    rtpurbo.HeadMap.from_roles(ROLES, kv_heads=2).save(tmp_path / "heads.json")
+    run(
+        "adapt", dense, "-o", tmp_path / "out", "--heads", tmp_path / "heads.json", "--window", 24,
+        "--sinks", 2, "--index", "full", "--index-dim", 4, "--top-p", 0.8, "--min-tokens", 5,
+        "--recent", 7, "--block-size", 16, "--prefill", "sparse", "--share-index-keys",
+        "--index-steps", 0, "--distill-steps", 0, "--texts", texts,
+    )  # fmt: skip
+    model, tokenizer = rtpurbo.from_pretrained(tmp_path / "out")
+    config = rtpurbo.patching.state(model).config
+    expected = {
+        "window": 24, "sinks": 2, "index": "full", "index_dim": 4, "top_p": 0.8, "min_tokens": 5,
+        "recent": 7, "block_size": 16, "prefill": "sparse", "share_index_keys": True,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert torch.equal(config.heads.roles, ROLES) and tokenizer is not None
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_adapt_trains_both_stages_and_resumes(dense, texts, tmp_path, lora):
+    command = [
+        "adapt", dense, "-o", tmp_path / "out", "--share", 0.25, "--window", 24, "--index-dim", 4,
+        "--length", 256, "--sequences", 3, "--index-steps", 2, "--index-lr", 1e-2, "--rows", 16,
+        "--distill-steps", 2, "--distill-lr", 1e-3, "--batch-size", 1, "--lora", lora,
+        "--work", tmp_path / "work", "--texts", texts, "--seed", 1,
+    ]  # fmt: skip
+    printed = run(*command)
+    assert "kl_before" in printed and "loss_last" in printed
+    steps = (tmp_path / "work" / "index" / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 2
+    model, _ = rtpurbo.from_pretrained(tmp_path / "out")
+    changed = [
+        not torch.equal(new, old)
+        for new, old in zip(
+            model.state_dict().values(), network().state_dict().values(), strict=True
+        )
+    ]
+    assert any(changed)
+    run(*command)
+    again, _ = rtpurbo.from_pretrained(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor)
+
+
+def test_eval_writes_the_report(sparse, dense, texts, tmp_path):
+    printed = run(
+        "eval", sparse, "--task", "niah", "--task", "kl", "--length", 300, "--prompts", 1,
+        "--seed", 0, "--seed", 1, "--texts-per-seed", 1, "--rows", 2, "--window-divisor", 8,
+        "--reference", dense, "--texts", texts, "-o", tmp_path / "report.json", "--markdown",
+        tmp_path / "report.md", "--plot", tmp_path / "report.png",
+    )  # fmt: skip
+    report = rtpurbo.EvalReport.load(tmp_path / "report.json")
+    assert [(r.task, r.mode, r.samples) for r in report.rows] == [
+        (task, mode, 2) for task in ("niah", "kl") for mode in ("dense", "sparse")
+    ]
+    assert report.settings["window_divisor"] == 8 and report.settings["reference"] == "given"
+    assert (tmp_path / "report.md").read_text() == report.to_markdown() + "\n"
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    assert "Evaluation" in printed
+
+
+def test_eval_of_one_mode_with_a_window(sparse, texts, tmp_path):
+    run(
+        "eval", sparse, "--task", "niah", "--length", 300, "--prompts", 1, "--window", 40,
+        "--mode", "sparse", "--texts", texts, "-o", tmp_path / "r.json", "--dtype", "bfloat16",
+    )  # fmt: skip
+    (row,) = rtpurbo.EvalReport.load(tmp_path / "r.json").rows
+    assert (row.mode, row.window) == ("sparse", 40)
+
+
+def test_generate_continues_as_the_model_does(sparse, tmp_path):
+    model, tokenizer = rtpurbo.from_pretrained(sparse)
+    prompt = "line 4 tells of thing"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=257)
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    printed = run("generate", sparse, prompt, "--max-new-tokens", 6)
+    assert printed.startswith(text) and "keys attended" in printed
+    (tmp_path / "prompt.txt").write_text(prompt)
+    assert (
+        run("generate", sparse, "--file", tmp_path / "prompt.txt", "--max-new-tokens", 6) == printed
+    )
+    assert run("generate", sparse, "-", "--max-new-tokens", 6, stdin=prompt) == printed
+    assert "keys attended" not in run("generate", sparse, prompt, "--dense", "--max-new-tokens", 6)
+
+
+def test_generate_samples_from_a_seed(sparse):
+    command = ["generate", sparse, "line 4", "--max-new-tokens", 12, "--temperature", 5.0]
+    first = run(*command, "--seed", 1)
+    assert run(*command, "--seed", 1) == first
+    assert run(*command, "--seed", 2) != first
+
+
+def test_generate_wants_one_prompt(sparse, tmp_path):
+    assert "either a PROMPT or --file" in run("generate", sparse, code=2)
+
+
+def test_generate_applies_the_chat_template(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    rtpurbo.save_pretrained(network(sparse=True), tmp_path / "chat", tokenizer)
+    options = ("--max-new-tokens", 8)
+    applied = run("generate", tmp_path / "chat", "hello", "--chat", *options)
+    assert applied == run("generate", tmp_path / "chat", "<hello>", *options)
+    assert applied != run("generate", tmp_path / "chat", "hello", *options)
+
+
+def test_info_describes_build_model_and_map(sparse, tmp_path):
+    assert json.loads(run("info", "--json"))["threads"] == torch.get_num_threads()
+    assert "cpu_capability" in run("info")
+    about = json.loads(run("info", sparse, "--json"))
+    assert about["window"] == 16 and about["index trained"] is False
+    rtpurbo.HeadMap.from_roles(ROLES).save(tmp_path / "heads.json")
+    assert "2 of 2x4" in run("info", tmp_path / "heads.json", "--json")
+    assert "neither a head map nor a folder" in run("info", tmp_path, code=2)
+
+
+def test_bench_runs_the_checkout(monkeypatch, tmp_path):
+    calls = []
+
+    def record(command, cwd, check):
+        calls.append((command[1:], cwd))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("rtpurbo.commands.subprocess.run", record)
+    run("bench", "decode", "--repeats", 1, "-o", tmp_path / "r.json")
+    ((command, root),) = calls
+    assert command == ["-m", "benchmarks", "decode", "--repeats", "1", "--output",
+                       str(tmp_path / "r.json")]  # fmt: skip
+    assert (root / "benchmarks" / "__main__.py").is_file()
+    monkeypatch.setattr("rtpurbo.__file__", str(tmp_path / "rtpurbo" / "__init__.py"))
+    assert "source checkout" in run("bench", code=2)
+
+
+def test_without_typer_the_message_names_the_extra(monkeypatch):
+    from rtpurbo import cli
+
+    monkeypatch.delitem(sys.modules, "rtpurbo.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"rtpurbo\[demo\]"):
+        cli.main()
