@@ -1,13 +1,14 @@
 """From a dense model to a saved sparse one: `python examples/quickstart.py MODEL OUTPUT`.
 
-The defaults are for a 135M model on a CPU; a large model takes --length 32768 --window 8192 and a few
-hundred steps of each stage.
+The defaults are for a 135M model on a CPU; a large model takes --length 32768 --window 8192 and a
+few hundred steps of each stage.
 """
 
 import argparse
 
-import rtpurbo
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rtpurbo
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -61,15 +61,15 @@ FULL = Plan(
     detect_length=4096,
     detect_documents=3,
     index_length=4096,
-    index_sequences=9,
-    index_steps=64,
+    index_sequences=7,
+    index_steps=48,
     updates=8,
     distill_length=1024,
-    distill_steps=24,
+    distill_steps=10,
     distill_lr=1e-5,
     kl_length=2048,
     kl_texts=2,
-    needles={2048: 5, 4096: 4, 8192: 1},
+    needles={2048: 3, 4096: 2, 8192: 1},
 )
 FAST = Plan(
     detect_length=2048,
@@ -78,12 +78,12 @@ FAST = Plan(
     index_sequences=4,
     index_steps=24,
     updates=8,
-    distill_length=1024,
+    distill_length=512,
     distill_steps=3,
     distill_lr=1e-5,
     kl_length=1024,
     kl_texts=1,
-    needles={2048: 2, 4096: 1},
+    needles={2048: 1},
 )
 
 
@@ -106,7 +106,8 @@ def run(
         cache: where the downloaded weights are kept; default: $XDG_CACHE_HOME/rtpurbo.
     """
     console = console or Console()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     steps = _Steps(console)
