@@ -100,10 +100,9 @@ class TileSelector {
 
   Accum block_mass(const Accum* scores, int64_t size) const {
     if (!p_.rank_by_max) return log_sum_exp(scores, size);
-    Accum top = scores[0];
-    for (int64_t i = 1; i < size; ++i)
-      top = scores[i] > top || scores[i] != scores[i] ? scores[i] : top;
-    return poison_infinity(top);
+    using Vec = at::vec::Vectorized<Accum>;
+    return poison_infinity(at::vec::reduce_all<Accum>(
+        [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, size));
   }
 
   void choose(int64_t head, double near_share, Range visible, Range sinks, Range window) {
