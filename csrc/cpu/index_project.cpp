@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "csrc/cpu/jobs.h"
 #include "csrc/cpu/lanes.h"
 
 namespace rtpurbo::cpu::CPU_CAPABILITY {
@@ -33,11 +34,14 @@ template <typename Accum>
 void project(const IndexProjectParams& p) {
   const int64_t chunks = (p.rows + kChunk - 1) / kChunk;
   const int64_t out_size = static_cast<int64_t>(c10::elementSize(p.out_dtype));
-  at::parallel_for(0, p.batch * p.outputs * chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t units = p.batch * p.outputs * chunks;
+  const double work =
+      static_cast<double>(p.batch * p.outputs * p.rows) * static_cast<double>(p.index_dim * p.dim);
+  run_jobs(units, work, [&](const auto& next) {
     std::vector<Accum> x(kChunk * p.dim), w(p.index_dim * p.dim), w_t(p.dim * p.index_dim),
         staging(16 * p.dim), out(kChunk * p.index_dim);
     int64_t packed = -1;
-    for (int64_t unit = begin; unit < end; ++unit) {
+    for (int64_t unit = next(); unit >= 0; unit = next()) {
       const int64_t j = unit / chunks % p.outputs;
       const int64_t b = unit / chunks / p.outputs;
       const int64_t first = unit % chunks * kChunk;

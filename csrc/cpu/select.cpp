@@ -1,10 +1,9 @@
 #include "csrc/cpu/select.h"
 
-#include <ATen/Parallel.h>
-
 #include <vector>
 
 #include "csrc/cpu/index_scores.h"
+#include "csrc/cpu/jobs.h"
 #include "csrc/cpu/top_p_row.h"
 
 namespace rtpurbo::cpu::CPU_CAPABILITY {
@@ -121,9 +120,13 @@ void select_rows(const SelectParams& params) {
       }
     }
   }
-  at::parallel_for(0, static_cast<int64_t>(units.size()), 1, [&](int64_t begin, int64_t end) {
+  // Scoring a key costs dim multiply-adds, selecting it about as much as kSelectWork.
+  constexpr double kSelectWork = 64;
+  const double work = static_cast<double>(params.batch * params.heads * params.rows) *
+                      static_cast<double>(params.keys) * (params.dim + kSelectWork);
+  run_jobs(units.size(), work, [&](const auto& next) {
     Selector<Accum> selector(params);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = next(); i >= 0; i = next()) {
       selector.run(units[i].batch, units[i].key_head, units[i].queries);
     }
     gemm_release<Accum>();
