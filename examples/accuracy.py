@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rtpurbo.evaluate import evaluate
 
 import rtpurbo
+from rtpurbo.evaluate import evaluate
 from rtpurbo.testbed import fetch_smollm2, load_smollm2_32k
 
 ASSETS = Path(__file__).parent.parent / "assets" / "smollm2-135m-32k"
