@@ -64,8 +64,8 @@ FULL = Plan(
     index_sequences=6,
     index_steps=40,
     updates=8,
-    distill_length=512,
-    distill_steps=16,
+    distill_length=2048,
+    distill_steps=12,
     distill_lr=1e-5,
     kl_length=2048,
     kl_texts=2,
@@ -78,7 +78,7 @@ FAST = Plan(
     index_sequences=4,
     index_steps=24,
     updates=8,
-    distill_length=512,
+    distill_length=1024,
     distill_steps=3,
     distill_lr=1e-5,
     kl_length=1024,
@@ -407,7 +407,7 @@ def _summary(report: EvalReport, plan: Plan, figures: dict[str, Any]) -> Table:
         f"{first['kl_before']:.2f} → {first['kl_after']:.2f}",
     )  # fmt: skip
     table.add_row(
-        f"stage 2: KL to dense, text of {plan.kl_length // 1024}K, before → after", "0",
+        f"stage 2: KL to dense, {plan.kl_length // 1024}K, before → after", "0",
         f"{second['kl_before']:.4f} → {second['kl_after']:.4f}",
     )  # fmt: skip
     return table
