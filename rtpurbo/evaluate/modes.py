@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
 from transformers import DynamicCache
 
 from rtpurbo import families, patching
@@ -85,20 +84,17 @@ def cache_argument(model: Any) -> str:
 
 @contextmanager
 def watch(model: Any, name: str, cache: Any, footprint: Footprint) -> Iterator[None]:
-    """Adds the decode steps inside this context to `footprint`."""
+    """Adds the forwards inside this context, decode steps of one sequence, to `footprint`."""
     inner = families.unwrap(model)
     sizes = families.geometry(inner)
     item = inner.get_input_embeddings().weight.element_size()
     key_bytes = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * item
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        states: Tensor = output.last_hidden_state
-        if states.shape[1] != 1:
-            return
         if name == "dense":
             keys = cache.get_seq_length()
             seen = {"attended_tokens": keys, "attended_fraction": 1.0, "index_bytes": 0}
-            seen["kv_bytes"] = seen["dense_bytes"] = keys * key_bytes * states.shape[0]
+            seen["kv_bytes"] = seen["dense_bytes"] = keys * key_bytes
         else:
             seen = stats(model)
         footprint.attended.append(seen["attended_tokens"])
