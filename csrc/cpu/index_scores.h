@@ -6,9 +6,18 @@
 #include <limits>
 #include <vector>
 
+#include "csrc/cpu/index_params.h"
 #include "csrc/cpu/lanes.h"
 
 namespace rtpurbo::cpu::CPU_CAPABILITY {
+
+/// The largest of scores[0, size), size >= 1; NaN for NaN or +inf.
+template <typename Accum>
+Accum largest(const Accum* scores, int64_t size) {
+  using Vec = at::vec::Vectorized<Accum>;
+  return poison_infinity(at::vec::reduce_all<Accum>(
+      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, size));
+}
 
 /// log of the sum of exp(scores[0, size)); -inf for nothing, NaN for NaN or +inf.
 template <typename Accum>
@@ -16,8 +25,7 @@ Accum log_sum_exp(const Accum* scores, int64_t size) {
   using Vec = at::vec::Vectorized<Accum>;
   constexpr Accum kNone = -std::numeric_limits<Accum>::infinity();
   if (size <= 0) return kNone;
-  const Accum top = poison_infinity(at::vec::reduce_all<Accum>(
-      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, size));
+  const Accum top = largest(scores, size);
   if (!(top > kNone)) return top;
   const Accum sum = at::vec::map_reduce_all<Accum>(
       [top](const Vec& x) { return fast_exp(x - Vec(top)); },
@@ -76,5 +84,50 @@ class IndexScores {
   const int64_t dim_, keys_, width_;
   std::vector<Accum> queries_, packed_, staging_, scores_;
 };
+
+/// First real key of a sequence.
+inline int64_t first_key(const IndexParams& params, int64_t batch) {
+  return params.start_ptr ? std::max<int64_t>(0, params.start_ptr[batch]) : 0;
+}
+
+/// The far keys [begin, end) of the row at position m >= start: behind the sinks, before the
+/// window.
+struct FarKeys {
+  int64_t begin, end;
+};
+
+inline FarKeys far_keys(const IndexParams& params, int64_t start, int64_t m) {
+  const int64_t sinks_end = std::min(start + params.sinks, m + 1);
+  return {sinks_end, std::max(sinks_end, m - params.window + 1)};
+}
+
+/// Log-mass of the row's near keys on the scale of its scores: the given one without the offset
+/// that all far keys share, or that of the scores of sinks and window.
+template <typename Accum>
+Accum near_mass(const IndexParams& params, int64_t batch, int64_t head, int64_t row, int64_t start,
+                FarKeys far, const Accum* scores) {
+  if (params.near_lse_ptr) {
+    const auto* near_lse = static_cast<const Accum*>(params.near_lse_ptr);
+    const Accum near = near_lse[(batch * params.heads + head) * params.rows + row];
+    return params.offset_ptr ? near - static_cast<const Accum*>(params.offset_ptr)[head] : near;
+  }
+  const int64_t m = params.keys - params.rows + row;
+  return log_add(log_sum_exp(scores + start, far.begin - start),
+                 log_sum_exp(scores + far.end, m + 1 - far.end));
+}
+
+/// Fills `masses` with mass(scores, size) of each key block that the far keys touch, from block
+/// far.begin / block_size on; returns how many there are.
+template <typename Accum, typename Mass>
+int64_t block_masses(const Accum* scores, FarKeys far, int64_t block_size, Accum* masses,
+                     const Mass& mass) {
+  int64_t count = 0;
+  for (int64_t n = far.begin; n < far.end; ++count) {
+    const int64_t end = std::min(far.end, (n / block_size + 1) * block_size);
+    masses[count] = mass(scores + n, end - n);
+    n = end;
+  }
+  return count;
+}
 
 }  // namespace rtpurbo::cpu::CPU_CAPABILITY

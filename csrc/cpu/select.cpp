@@ -15,9 +15,10 @@ class Selector {
  public:
   explicit Selector(const SelectParams& params)
       : p_(params),
-        scores_(p_.dim, p_.keys),
-        members_(p_.keys),
-        blocks_(p_.block_size > 1 ? p_.keys / p_.block_size + 1 : 0) {}
+        in_(params.index),
+        scores_(in_.dim, in_.keys),
+        members_(in_.keys),
+        blocks_(in_.block_size > 1 ? in_.keys / in_.block_size + 1 : 0) {}
 
   /// One query row of each of `heads`, or several.
   struct Query {
@@ -29,44 +30,39 @@ class Selector {
     const auto count = static_cast<int64_t>(queries.size());
     int64_t last = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const HeadRows rows = head_rows(p_.q_dtype, p_.q_index, batch, queries[i].head, p_.rows);
+      const HeadRows rows = head_rows(in_.q_dtype, in_.q_index, batch, queries[i].head, in_.rows);
       scores_.set_query(i, rows, queries[i].row);
       last = std::max(last, position(queries[i].row));
     }
-    const HeadRows keys = head_rows(p_.k_dtype, p_.k_index, batch, key_head, p_.keys);
-    const int64_t start = p_.start_ptr ? std::max<int64_t>(0, p_.start_ptr[batch]) : 0;
+    const HeadRows keys = head_rows(in_.k_dtype, in_.k_index, batch, key_head, in_.keys);
+    const int64_t start = first_key(in_, batch);
     scores_.run(count, keys, start, last + 1);
     for (int64_t i = 0; i < count; ++i) choose_members(batch, queries[i], start, scores_.row(i));
   }
 
  private:
-  int64_t position(int64_t row) const { return p_.keys - p_.rows + row; }
+  int64_t position(int64_t row) const { return in_.keys - in_.rows + row; }
 
   void choose_members(int64_t batch, const Query& query, int64_t start, const Accum* scores) {
     const int64_t m = position(query.row);
-    const int64_t place = (batch * p_.heads + query.head) * p_.rows + query.row;
-    const int64_t sinks_end = std::min(start + p_.sinks, m + 1);
-    const int64_t far_end = std::max(sinks_end, m - p_.window + 1);
+    const int64_t place = (batch * in_.heads + query.head) * in_.rows + query.row;
+    FarKeys far{start, start};
     Accum near = -std::numeric_limits<Accum>::infinity();
     if (m >= start) {
-      if (p_.near_lse_ptr) {
-        near = static_cast<const Accum*>(p_.near_lse_ptr)[place];
-        if (p_.offset_ptr) near -= static_cast<const Accum*>(p_.offset_ptr)[query.head];
-      } else {
-        near = log_add(log_sum_exp(scores + start, sinks_end - start),
-                       log_sum_exp(scores + far_end, m + 1 - far_end));
-      }
+      far = far_keys(in_, start, m);
+      near = near_mass(in_, batch, query.head, query.row, start, far, scores);
     }
-    const int64_t size = m < start ? 0 : far_end - sinks_end;
-    const int64_t first = p_.block_size == 1 ? sinks_end : sinks_end / p_.block_size;
     TopPResult result;
-    if (p_.block_size == 1) {
-      result = top_p_row(scores + sinks_end, size, p_.p, p_.min_members, near, p_.exact,
-                         members_.data(), scratch_);
+    if (in_.block_size == 1) {
+      result = top_p_row(scores + far.begin, far.end - far.begin, p_.p, p_.min_members, near,
+                         p_.exact, members_.data(), scratch_);
     } else {
-      result = top_p_row(blocks_.data(), fill_blocks(scores, sinks_end, sinks_end + size), p_.p,
-                         p_.min_members, near, p_.exact, members_.data(), scratch_);
+      const int64_t count =
+          block_masses(scores, far, in_.block_size, blocks_.data(), log_sum_exp<Accum>);
+      result = top_p_row(blocks_.data(), count, p_.p, p_.min_members, near, p_.exact,
+                         members_.data(), scratch_);
     }
+    const int64_t first = far.begin / in_.block_size;
     const bool fits = result.count <= p_.capacity;
     int32_t* indices = p_.indices_ptr + place * p_.capacity;
     const int64_t kept = fits ? result.count : 0;
@@ -76,18 +72,8 @@ class Selector {
     static_cast<Accum*>(p_.mass_ptr)[place] = static_cast<Accum>(result.mass);
   }
 
-  /// Log-masses of the key blocks that far keys [begin, end) touch; returns how many there are.
-  int64_t fill_blocks(const Accum* scores, int64_t begin, int64_t end) {
-    int64_t count = 0;
-    for (int64_t n = begin; n < end; ++count) {
-      const int64_t block_end = std::min(end, (n / p_.block_size + 1) * p_.block_size);
-      blocks_[count] = log_sum_exp(scores + n, block_end - n);
-      n = block_end;
-    }
-    return count;
-  }
-
   const SelectParams& p_;
+  const IndexParams& in_;
   IndexScores<Accum> scores_;
   std::vector<int32_t> members_;
   std::vector<Accum> blocks_;
@@ -103,13 +89,14 @@ struct Unit {
 
 template <typename Accum>
 void select_rows(const SelectParams& params) {
+  const IndexParams& in = params.index;
   std::vector<Unit<Accum>> units;
-  for (int64_t b = 0; b < params.batch; ++b) {
-    for (int64_t key_head = 0; key_head < params.key_heads; ++key_head) {
+  for (int64_t b = 0; b < in.batch; ++b) {
+    for (int64_t key_head = 0; key_head < in.key_heads; ++key_head) {
       bool open = false;
-      for (int64_t row = 0; row < params.rows; ++row) {
-        for (int64_t head = 0; head < params.heads; ++head) {
-          if (params.index_map[head] != key_head) continue;
+      for (int64_t row = 0; row < in.rows; ++row) {
+        for (int64_t head = 0; head < in.heads; ++head) {
+          if (in.index_map[head] != key_head) continue;
           if (!open ||
               static_cast<int64_t>(units.back().queries.size()) == IndexScores<Accum>::kRows) {
             units.push_back({b, key_head, {}});
@@ -122,8 +109,8 @@ void select_rows(const SelectParams& params) {
   }
   // Scoring a key costs dim multiply-adds, selecting it about as much as kSelectWork.
   constexpr double kSelectWork = 64;
-  const double work = static_cast<double>(params.batch * params.heads * params.rows) *
-                      static_cast<double>(params.keys) * (params.dim + kSelectWork);
+  const double work = static_cast<double>(in.batch * in.heads * in.rows) *
+                      static_cast<double>(in.keys) * (in.dim + kSelectWork);
   run_jobs(units.size(), work, [&](const auto& next) {
     Selector<Accum> selector(params);
     for (int64_t i = next(); i >= 0; i = next()) {
@@ -136,7 +123,7 @@ void select_rows(const SelectParams& params) {
 }  // namespace
 
 void select_kernel(const SelectParams& params) {
-  if (params.accum == at::kDouble) return select_rows<double>(params);
+  if (params.index.accum == at::kDouble) return select_rows<double>(params);
   select_rows<float>(params);
 }
 

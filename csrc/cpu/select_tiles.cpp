@@ -19,21 +19,22 @@ class TileSelector {
  public:
   explicit TileSelector(const SelectTilesParams& params)
       : p_(params),
-        blocks_((p_.keys + p_.block_size - 1) / p_.block_size),
-        scores_(p_.dim, p_.keys),
+        in_(params.index),
+        blocks_((in_.keys + in_.block_size - 1) / in_.block_size),
+        scores_(in_.dim, in_.keys),
         masses_(blocks_),
         weights_(blocks_),
         forced_(blocks_) {}
 
   void run(int64_t batch, int64_t head, int64_t tile) {
-    const int64_t place = (batch * p_.heads + head) * p_.tiles + tile;
+    const int64_t place = (batch * in_.heads + head) * p_.tiles + tile;
     int32_t* indices = p_.indices_ptr + place * p_.capacity;
     std::fill(indices, indices + p_.capacity, -1);
     auto& mass = static_cast<Accum*>(p_.mass_ptr)[place];
-    const int64_t shift = p_.keys - p_.rows;
-    const int64_t start = p_.start_ptr ? std::max<int64_t>(0, p_.start_ptr[batch]) : 0;
+    const int64_t shift = in_.keys - in_.rows;
+    const int64_t start = first_key(in_, batch);
     const int64_t first = std::max(tile * p_.tile, start - shift);
-    const int64_t last = std::min((tile + 1) * p_.tile, p_.rows) - 1;
+    const int64_t last = std::min((tile + 1) * p_.tile, in_.rows) - 1;
     if (first > last) {
       p_.counts_ptr[place] = 0;
       mass = Accum(1);
@@ -41,8 +42,8 @@ class TileSelector {
     }
     const Range visible{start, last + shift + 1};
     const double near_share = pool_shares(batch, head, first, last, visible);
-    const Range sinks{start, std::min(start + p_.sinks, visible.end)};
-    const Range window{std::max(start, first + shift - p_.window + 1), visible.end};
+    const Range sinks{start, std::min(start + in_.sinks, visible.end)};
+    const Range window{std::max(start, first + shift - in_.window + 1), visible.end};
     choose(head, near_share, visible, sinks, window);
     const auto count = static_cast<int64_t>(chosen_.size());
     mass = static_cast<Accum>(share_);
@@ -55,8 +56,8 @@ class TileSelector {
   /// the mean share of their near keys.
   double pool_shares(int64_t batch, int64_t head, int64_t first, int64_t last, Range visible) {
     constexpr int64_t kRows = IndexScores<Accum>::kRows;
-    const HeadRows queries = head_rows(p_.q_dtype, p_.q_index, batch, head, p_.rows);
-    const HeadRows keys = head_rows(p_.k_dtype, p_.k_index, batch, p_.index_map[head], p_.keys);
+    const HeadRows queries = head_rows(in_.q_dtype, in_.q_index, batch, head, in_.rows);
+    const HeadRows keys = head_rows(in_.k_dtype, in_.k_index, batch, in_.index_map[head], in_.keys);
     std::fill(weights_.begin(), weights_.end(), 0.0);
     double near = 0;
     for (int64_t row = first; row <= last; row += kRows) {
@@ -73,24 +74,11 @@ class TileSelector {
   }
 
   double add_row(int64_t batch, int64_t head, int64_t row, int64_t start, const Accum* scores) {
-    const int64_t m = p_.keys - p_.rows + row;
-    const int64_t sinks_end = std::min(start + p_.sinks, m + 1);
-    const int64_t far_end = std::max(sinks_end, m - p_.window + 1);
-    Accum near;
-    if (p_.near_lse_ptr) {
-      near = static_cast<const Accum*>(p_.near_lse_ptr)[(batch * p_.heads + head) * p_.rows + row];
-      if (p_.offset_ptr) near -= static_cast<const Accum*>(p_.offset_ptr)[head];
-    } else {
-      near = log_add(log_sum_exp(scores + start, sinks_end - start),
-                     log_sum_exp(scores + far_end, m + 1 - far_end));
-    }
-    const int64_t first_block = sinks_end / p_.block_size;
-    int64_t count = 0;
-    for (int64_t n = sinks_end; n < far_end; ++count) {
-      const int64_t end = std::min(far_end, (n / p_.block_size + 1) * p_.block_size);
-      masses_[count] = block_mass(scores + n, end - n);
-      n = end;
-    }
+    const FarKeys far = far_keys(in_, start, in_.keys - in_.rows + row);
+    const Accum near = near_mass(in_, batch, head, row, start, far, scores);
+    const int64_t first_block = far.begin / in_.block_size;
+    const int64_t count = block_masses(scores, far, in_.block_size, masses_.data(),
+                                       p_.rank_by_max ? largest<Accum> : log_sum_exp<Accum>);
     const Accum total = log_add(near, log_sum_exp(masses_.data(), count));
     for (int64_t i = 0; i < count; ++i) {
       weights_[first_block + i] += std::exp(static_cast<double>(masses_[i]) - total);
@@ -98,27 +86,20 @@ class TileSelector {
     return std::exp(static_cast<double>(near) - total);
   }
 
-  Accum block_mass(const Accum* scores, int64_t size) const {
-    if (!p_.rank_by_max) return log_sum_exp(scores, size);
-    using Vec = at::vec::Vectorized<Accum>;
-    return poison_infinity(at::vec::reduce_all<Accum>(
-        [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, size));
-  }
-
   void choose(int64_t head, double near_share, Range visible, Range sinks, Range window) {
     const double threshold = static_cast<const Accum*>(p_.threshold_ptr)[head];
     std::fill(forced_.begin(), forced_.end(), 0);
     for (const Range& range : {sinks, window}) {
-      for (int64_t n = range.begin; n < range.end; n = (n / p_.block_size + 1) * p_.block_size) {
-        forced_[n / p_.block_size] = 1;
+      for (int64_t n = range.begin; n < range.end; n = (n / in_.block_size + 1) * in_.block_size) {
+        forced_[n / in_.block_size] = 1;
       }
     }
     chosen_.clear();
     candidates_.clear();
     share_ = near_share;
     bool poisoned = near_share != near_share;
-    const int64_t last_block = (visible.end - 1) / p_.block_size;
-    for (int64_t block = visible.begin / p_.block_size; block <= last_block; ++block) {
+    const int64_t last_block = (visible.end - 1) / in_.block_size;
+    for (int64_t block = visible.begin / in_.block_size; block <= last_block; ++block) {
       poisoned |= weights_[block] != weights_[block];
       if (forced_[block]) share_ += weights_[block];
       (forced_[block] ? chosen_ : candidates_).push_back(static_cast<int32_t>(block));
@@ -140,6 +121,7 @@ class TileSelector {
   }
 
   const SelectTilesParams& p_;
+  const IndexParams& in_;
   const int64_t blocks_;
   IndexScores<Accum> scores_;
   std::vector<Accum> masses_;    // of one row's blocks, from its first far one on
@@ -151,8 +133,8 @@ class TileSelector {
 
 template <typename Accum>
 void select_all_tiles(const SelectTilesParams& params) {
-  const int64_t per_sequence = params.heads * params.tiles;
-  at::parallel_for(0, params.batch * per_sequence, 1, [&](int64_t begin, int64_t end) {
+  const int64_t per_sequence = params.index.heads * params.tiles;
+  at::parallel_for(0, params.index.batch * per_sequence, 1, [&](int64_t begin, int64_t end) {
     TileSelector<Accum> selector(params);
     for (int64_t i = begin; i < end; ++i) {
       selector.run(i / per_sequence, i % per_sequence / params.tiles, i % params.tiles);
@@ -164,7 +146,7 @@ void select_all_tiles(const SelectTilesParams& params) {
 }  // namespace
 
 void select_tiles_kernel(const SelectTilesParams& params) {
-  if (params.accum == at::kDouble) return select_all_tiles<double>(params);
+  if (params.index.accum == at::kDouble) return select_all_tiles<double>(params);
   select_all_tiles<float>(params);
 }
 

@@ -1,8 +1,29 @@
 #include "csrc/ops/common/index.h"
 
+#include <algorithm>
+
 #include "csrc/ops/common/check.h"
+#include "csrc/ops/common/heads.h"
 
 namespace rtpurbo {
+namespace {
+
+/// Checks near_lse [B, R, M], and returns it contiguous as `dtype`; undefined when absent.
+at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
+                   const at::Tensor& q_index, at::ScalarType dtype) {
+  if (!near_lse) return {};
+  check_floating(op, "near_lse", *near_lse);
+  check_tensor(op, "near_lse", *near_lse, "[B, R, M]",
+               {q_index.size(0), q_index.size(1), q_index.size(2)});
+  check_device(op, "near_lse", *near_lse, "q_index", q_index);
+  return near_lse->to(dtype).contiguous();
+}
+
+const void* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+}  // namespace
 
 void check_index(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                  at::IntArrayRef index_map) {
@@ -32,19 +53,48 @@ at::Tensor per_head(const char* op, const char* name, const std::optional<at::Te
   return values->to(dtype).contiguous();
 }
 
-at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
-                   const at::Tensor& q_index, at::ScalarType dtype) {
-  if (!near_lse) return {};
-  check_floating(op, "near_lse", *near_lse);
-  check_tensor(op, "near_lse", *near_lse, "[B, R, M]",
-               {q_index.size(0), q_index.size(1), q_index.size(2)});
-  check_device(op, "near_lse", *near_lse, "q_index", q_index);
-  return near_lse->to(dtype).contiguous();
-}
-
 at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b) {
   return a.scalar_type() == at::kDouble || b.scalar_type() == at::kDouble ? at::kDouble
                                                                           : at::kFloat;
+}
+
+IndexArguments::IndexArguments(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
+                               at::IntArrayRef index_map, int64_t window, int64_t sinks,
+                               int64_t block_size, const std::optional<at::Tensor>& near_lse,
+                               const std::optional<at::Tensor>& offset,
+                               const std::optional<at::Tensor>& start) {
+  check_index(op, q_index, k_index, index_map);
+  TORCH_CHECK_VALUE(k_index.size(2) >= q_index.size(2), "rtpurbo::", op,
+                    ": k_index must hold at least the keys of the ", q_index.size(2),
+                    " query rows, got N = ", k_index.size(2));
+  check_mask(op, window, sinks, 1.0);
+  check_start(op, start, q_index.size(0), q_index);
+  const at::ScalarType accum = accumulation_type(q_index, k_index);
+  near_lse_ = per_row(op, near_lse, q_index, accum);
+  offset_ = per_head(op, "offset", offset, q_index, accum);
+  const int64_t keys = k_index.size(2);
+  params_ = {.q_dtype = q_index.scalar_type(),
+             .k_dtype = k_index.scalar_type(),
+             .accum = accum,
+             .q_index = heads_view(q_index),
+             .k_index = heads_view(k_index),
+             .index_map = index_map.data(),
+             .near_lse_ptr = data_or_null(near_lse_),
+             .offset_ptr = data_or_null(offset_),
+             .start_ptr = start_ptr(start, start_),
+             .batch = q_index.size(0),
+             .heads = q_index.size(1),
+             .key_heads = k_index.size(1),
+             .rows = q_index.size(2),
+             .keys = keys,
+             .dim = q_index.size(3),
+             .window = std::min(window, keys),
+             .sinks = std::min(sinks, keys),
+             .block_size = block_size};
+}
+
+int64_t IndexArguments::room(int64_t capacity) const {
+  return capacity > 0 ? capacity : (params_.keys + params_.block_size - 1) / params_.block_size;
 }
 
 }  // namespace rtpurbo

@@ -5,27 +5,39 @@
 
 #include <optional>
 
+#include "csrc/cpu/index_params.h"
+
 namespace rtpurbo {
+
+/// Checks a floating [R] tensor, and returns it contiguous as `dtype`; undefined when absent.
+at::Tensor per_head(const char* op, const char* name, const std::optional<at::Tensor>& values,
+                    const at::Tensor& q_index, at::ScalarType dtype);
+
+/// Float64 when one of the two is, otherwise float32.
+at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b);
 
 /// Checks q_index [B, R, M, r] and k_index [B, Rk, N, r], floating and on one device, and that
 /// index_map gives a head of k_index for each of the R queries.
 void check_index(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                  at::IntArrayRef index_map);
 
-/// Checks a floating [R] tensor, and returns it contiguous as `dtype`; undefined when absent.
-at::Tensor per_head(const char* op, const char* name, const std::optional<at::Tensor>& values,
-                    const at::Tensor& q_index, at::ScalarType dtype);
+/// The checked arguments of a selecting operator as kernel parameters, with the tensors that these
+/// point into. q_index, k_index and index_map must outlive it.
+class IndexArguments {
+ public:
+  IndexArguments(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
+                 at::IntArrayRef index_map, int64_t window, int64_t sinks, int64_t block_size,
+                 const std::optional<at::Tensor>& near_lse, const std::optional<at::Tensor>& offset,
+                 const std::optional<at::Tensor>& start);
 
-/// Checks near_lse [B, R, M], and returns it contiguous as `dtype`; undefined when absent.
-at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
-                   const at::Tensor& q_index, at::ScalarType dtype);
+  const cpu::IndexParams& params() const { return params_; }
 
-/// The data of a tensor that may be undefined.
-inline const void* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
+  /// Room in a list: `capacity`, or every block where it is 0.
+  int64_t room(int64_t capacity) const;
 
-/// Float64 when one of the two is, otherwise float32.
-at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b);
+ private:
+  at::Tensor near_lse_, offset_, start_;
+  cpu::IndexParams params_;
+};
 
 }  // namespace rtpurbo
