@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rtpurbo import families
-from rtpurbo.adapt.checkpoint import sha256_of
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import state
-from rtpurbo.heads import check_format, read_json, write_json
+from rtpurbo.files import check_format, read_json, sha256_of, write_json
 from rtpurbo.index import Index
 from rtpurbo.patching import sparsify
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from rtpurbo.heads import HeadMap, check_format
+from rtpurbo.files import check_format
+from rtpurbo.heads import HeadMap
 
 FORMAT_VERSION = 1
 _CHOICES: dict[str, tuple[Any, ...]] = {

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rtpurbo.files import check_format, read_json, write_json, write_text
 
 FORMAT_VERSION = 1
 _KNOWN_KEYS = {
@@ -233,39 +231,3 @@ class HeadMap:
         gates = torch.tensor(rows).clamp(0, 1).repeat_interleave(group, dim=1)
         roles = gates >= threshold
         return cls(gates, roles, roles.float().mean().item(), {}, model_id, len(rows[0]))
-
-
-def check_format(data: dict[str, Any], name: str, version: int, known: set[str]) -> None:
-    """Refuses another format or a newer version of it; warns about unknown keys."""
-    if not isinstance(data, dict) or data.get("format") != name:
-        raise ValueError(f"{name}: this file is not a {name} (its `format` key says otherwise)")
-    if not isinstance(data.get("version"), int) or data["version"] > version:
-        raise ValueError(
-            f"{name}: format version {data.get('version')} is newer than {version}, the newest "
-            "that this rtpurbo reads; upgrade rtpurbo"
-        )
-    unknown = data.keys() - known
-    if unknown:
-        warnings.warn(f"{name}: unknown keys {sorted(unknown)} are ignored", stacklevel=3)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; one that does not parse raises a ValueError that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"rtpurbo: {path} is not valid JSON ({error}); is it cut off?") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON, all or nothing."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, all or nothing."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as scratch:
-        scratch.write(text)
-    os.replace(scratch.name, path)

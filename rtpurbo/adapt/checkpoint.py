@@ -9,7 +9,6 @@
 A folder is written beside its place and renamed into it; two are kept.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rtpurbo.heads import write_json
+from rtpurbo.files import sha256_of, write_json
 
 FORMAT_VERSION = 1
 _KEPT = 2
@@ -37,11 +36,6 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     extra: dict[str, Any]
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):

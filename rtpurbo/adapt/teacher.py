@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rtpurbo import families
-from rtpurbo.adapt.checkpoint import read_json, sha256_of, write_tensors
+from rtpurbo.adapt.checkpoint import read_json, write_tensors
 from rtpurbo.adapt.loop import Loop
 from rtpurbo.adapt.progress import Progress
 from rtpurbo.adapt.samples import Samples
-from rtpurbo.heads import write_json
+from rtpurbo.files import sha256_of, write_json
 from rtpurbo.patching import dense
 
 FORMAT_VERSION = 1

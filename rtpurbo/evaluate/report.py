@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rtpurbo.heads import check_format, read_json, write_json
+from rtpurbo.files import check_format, read_json, write_json
 
 FORMAT_VERSION = 1
 _FORMAT = "rtpurbo.EvalReport"
