@@ -4,7 +4,6 @@ import argparse
 import importlib
 import json
 import pkgutil
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,9 @@ import torch
 import benchmarks
 from benchmarks.measure import measure
 from benchmarks.registry import BENCHMARKS
+from rtpurbo.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def describe(name: str, result: dict[str, Any]) -> str:
@@ -57,9 +47,14 @@ def main() -> None:
         )
 
     torch.manual_seed(0)
+    where = environment()
     report: dict[str, Any] = {
-        "hardware": hardware(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "hardware": {
+            "cpu": where["cpu"],
+            "capability": where["cpu_capability"],
+            "threads": where["threads"],
+        },
+        "versions": {"torch": torch.__version__, "python": where["python"]},
         "results": {},
     }
     for name in arguments.names or BENCHMARKS:

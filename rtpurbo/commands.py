@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import rtpurbo
 from rtpurbo.checkpoint import MANIFEST
+from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.report import human_bytes
 
@@ -90,7 +88,7 @@ def detect(
 ) -> None:
     """Find the retrieval heads of a model and write the head map."""
     network, tokenizer = _load_dense(model, dtype)
-    with _bar("documents") as tick:
+    with progress_bar(console, "documents") as tick:
         heads = rtpurbo.detect_heads(
             network,
             tokenizer,
@@ -159,7 +157,7 @@ def adapt(
     if heads is not None:
         head_map = rtpurbo.HeadMap.load(heads)
     else:
-        with _bar("detecting heads") as tick:
+        with progress_bar(console, "detecting heads") as tick:
             head_map = rtpurbo.detect_heads(
                 network, tokenizer, documents=documents, share=share, seed=seed,
                 length=min(length, 8192), progress=tick,
@@ -240,7 +238,7 @@ def eval_command(
 ) -> None:
     """Score a model on needles and text, dense and sparse side by side."""
     network, tokenizer = _load(model, dtype)
-    with _bar("evaluating") as tick:
+    with progress_bar(console, "evaluating") as tick:
         report = rtpurbo.evaluate(
             network,
             tokenizer,
@@ -408,19 +406,6 @@ def _load_dense(model: str, dtype: DType) -> tuple[Any, Any]:
 
 def _read(texts: list[Path] | None) -> list[str] | None:
     return [path.read_text(encoding="utf-8") for path in texts] if texts else None
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields tick(done, total, label)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(label, total=None)
-
-        def tick(done: int, total: int, now: str = label) -> None:
-            progress.update(task, completed=done, total=total, description=now)
-
-        yield tick
 
 
 def _figures(title: str, figures: dict[str, Any]) -> Table:

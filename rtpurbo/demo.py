@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import rtpurbo
 from rtpurbo.adapt import TrainResult
+from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate import EvalReport, evaluate
 from rtpurbo.evaluate.report import human_bytes
-from rtpurbo.heads import write_json, write_text
+from rtpurbo.files import write_json, write_text
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "smollm2-135m-32k"
 _QUESTION = "In two sentences: why does a long text make a language model slow?"
@@ -124,7 +124,7 @@ def run(
         )
         console.print(f"  prose: {len(texts)} documents; {rtpurbo.data.SOURCES['cpython']}")
 
-    with steps("Find the retrieval heads"), _bar(console, "  documents") as tick:
+    with steps("Find the retrieval heads"), progress_bar(console, "  documents") as tick:
         heads = rtpurbo.detect_heads(
             network,
             tokenizer,
@@ -160,7 +160,7 @@ def run(
 
         plot_training(index, folder / "index.png")
 
-    with steps("Ask needles of the dense model"), _bar(console, "  needles") as tick:
+    with steps("Ask needles of the dense model"), progress_bar(console, "  needles") as tick:
         dense = _needles(network, tokenizer, plan, "dense", seed, tick)
 
     with steps("Distil (stage 2)"):
@@ -168,7 +168,7 @@ def run(
         distilled = _distill(network, tokenizer, texts, plan, seed)
         after = _text_kl(network, tokenizer, plan, seed, before)
 
-    with steps("Ask needles of the sparse model"), _bar(console, "  needles") as tick:
+    with steps("Ask needles of the sparse model"), progress_bar(console, "  needles") as tick:
         sparse = _needles(network, tokenizer, plan, "sparse", seed, tick)
 
     with steps("Generate, save, load again"):
@@ -344,18 +344,6 @@ class _Steps:
         yield
         self.seconds[title] = time.perf_counter() - began
         self._console.print(f"  [dim]{self.seconds[title]:.0f} s[/dim]")
-
-
-@contextmanager
-def _bar(console: Console, label: str) -> Iterator[Callable[..., None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(label, total=None)
-
-        def tick(done: int, total: int, now: str = label) -> None:
-            progress.update(task, completed=done, total=total, description=now)
-
-        yield tick
 
 
 def _needle_figures(report: EvalReport, length: int) -> dict[str, Any]:
