@@ -34,7 +34,7 @@ target_include_directories(rtpurbo::torch SYSTEM INTERFACE
 target_link_libraries(rtpurbo::torch INTERFACE
   "${TORCH_ROOT}/lib/libtorch.so" "${TORCH_ROOT}/lib/libtorch_cpu.so" "${TORCH_ROOT}/lib/libc10.so" Threads::Threads)
 # libtorch.so carries no symbols of its own; the CUDA wheel's backends register only if it stays linked.
-target_link_options(rtpurbo::torch INTERFACE "LINKER:-rpath,${TORCH_ROOT}/lib")
+target_link_options(rtpurbo::torch INTERFACE "LINKER:--no-as-needed,-rpath,${TORCH_ROOT}/lib")
 if(EXISTS "${TORCH_ROOT}/lib/libc10_cuda.so")
   add_library(rtpurbo::torch_cuda INTERFACE IMPORTED GLOBAL)
   target_link_libraries(rtpurbo::torch_cuda INTERFACE rtpurbo::torch "${TORCH_ROOT}/lib/libc10_cuda.so"

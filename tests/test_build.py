@@ -34,6 +34,12 @@ def test_cpp_program_links_the_package(tmp_path):
     assert "of the mass" in run(tmp_path / "consumer")
 
 
+def test_one_cpp_runtime():
+    """A libstdc++ linked in statically stands beside torch's, and raising an error crashes."""
+    needed = run("readelf", "--dynamic", PACKAGE / "lib" / "librtpurbo.so")
+    assert "[libstdc++.so.6]" in needed
+
+
 def test_catch2():
     binaries = sorted((ROOT / "build").glob("cmake-*/tests/cpp/rtpurbo_tests"))
     if not binaries:
