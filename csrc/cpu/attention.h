@@ -5,16 +5,9 @@
 #include <vector>
 
 #include "csrc/cpu/capability.h"
+#include "csrc/ops/common/heads_view.h"
 
 namespace rtpurbo::cpu {
-
-/// A [B, H, S, D] tensor with contiguous D; strides in elements.
-struct HeadsView {
-  void* ptr = nullptr;
-  int64_t batch_stride = 0;
-  int64_t head_stride = 0;
-  int64_t row_stride = 0;
-};
 
 enum class KeySet : uint8_t { kNear, kVisible, kListed };
 

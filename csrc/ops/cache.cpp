@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kPages = -1;
 
-cpu::HeadsView bytes_view(const at::Tensor& tensor) {
-  cpu::HeadsView view = heads_view(tensor);
+HeadsView bytes_view(const at::Tensor& tensor) {
+  HeadsView view = heads_view(tensor);
   const int64_t size = tensor.element_size();
   view.batch_stride *= size;
   view.head_stride *= size;

@@ -54,7 +54,7 @@ std::vector<cpu::HeadSet> head_sets(at::IntArrayRef retrieval_heads, int64_t num
   return sets;
 }
 
-cpu::HeadsView heads_view(const at::Tensor& tensor) {
+HeadsView heads_view(const at::Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
 }

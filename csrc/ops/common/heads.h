@@ -16,7 +16,7 @@ namespace rtpurbo {
 std::vector<cpu::HeadSet> head_sets(at::IntArrayRef retrieval_heads, int64_t num_heads,
                                     int64_t num_kv_heads, bool listed, bool split_cache);
 
-cpu::HeadsView heads_view(const at::Tensor& tensor);
+HeadsView heads_view(const at::Tensor& tensor);
 
 /// The int64 data of a contiguous copy of `tensor`, which is kept alive in `keep`; null without it.
 const int64_t* start_ptr(const std::optional<at::Tensor>& tensor, at::Tensor& keep);
