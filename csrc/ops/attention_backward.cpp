@@ -97,6 +97,16 @@ Result attention_backward_cpu(const at::Tensor& grad_out, const at::Tensor& q, c
   return result;
 }
 
+#ifdef RTPURBO_WITH_CUDA
+Result attention_backward_cuda(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               at::IntArrayRef, int64_t, int64_t, double, const MaybeTensor&,
+                               const MaybeTensor&, const MaybeTensor&, int64_t, int64_t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "rtpurbo::attention: backward on CUDA is not available yet; train on the CPU");
+}
+#endif
+
 }  // namespace
 
 Result attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
@@ -119,5 +129,8 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("attention_backward", &attention_backward_cpu); }
+#ifdef RTPURBO_WITH_CUDA
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) { m.impl("attention_backward", &attention_backward_cuda); }
+#endif
 
 }  // namespace rtpurbo
