@@ -11,11 +11,20 @@
 #include "csrc/cpu/cache.h"
 #include "csrc/ops/common/check.h"
 #include "csrc/ops/common/heads.h"
+#ifdef RTPURBO_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
+#include "csrc/cuda/cache.h"
+#include "csrc/ops/common/cuda_arguments.h"
+#include "csrc/ops/common/cuda_check.h"
+#endif
 
 namespace rtpurbo {
 namespace {
 
 constexpr int64_t kPages = -1;
+
+using Unrolled = std::tuple<at::Tensor, at::Tensor>;
 
 HeadsView bytes_view(const at::Tensor& tensor) {
   HeadsView view = heads_view(tensor);
@@ -60,6 +69,61 @@ std::vector<int64_t> other_heads(at::IntArrayRef heads, int64_t num_heads) {
   return others;
 }
 
+std::vector<int64_t> every_head(int64_t num_heads) {
+  std::vector<int64_t> heads(num_heads);
+  std::iota(heads.begin(), heads.end(), 0);
+  return heads;
+}
+
+void check_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_ring,
+                  const at::Tensor& v_ring, const at::Tensor& k_pages, const at::Tensor& v_pages,
+                  at::IntArrayRef full_heads, int64_t position, int64_t sinks,
+                  const std::optional<at::Tensor>& start) {
+  constexpr const char* kOp = "cache_append";
+  check_tensor(kOp, "k", k, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_tensor(kOp, "v", v, "[B, Hk, M, D]", {k.size(0), k.size(1), k.size(2), kAnySize});
+  check_device(kOp, "v", v, "k", k);
+  check_position(kOp, position, sinks);
+  check_heads(kOp, "full_heads", full_heads, k.size(1));
+  check_start(kOp, start, k.size(0), k);
+  const int64_t full = static_cast<int64_t>(full_heads.size());
+  const auto check_side = [&](const char* ring_name, const char* pages_name,
+                              const at::Tensor& source, const at::Tensor& ring,
+                              const at::Tensor& pages) {
+    check_store(kOp, ring_name, ring, source, source.size(1) - full);
+    check_store(kOp, pages_name, pages, source, full);
+    check_ring(kOp, ring_name, ring, sinks);
+    check_capacity(kOp, pages_name, pages, position + source.size(2));
+  };
+  check_side("k_ring", "k_pages", k, k_ring, k_pages);
+  check_side("v_ring", "v_pages", v, v_ring, v_pages);
+}
+
+void check_append_index(const at::Tensor& k_index, const at::Tensor& index_pages,
+                        int64_t position) {
+  constexpr const char* kOp = "cache_append_index";
+  check_tensor(kOp, "k_index", k_index, "[B, Rk, M, r]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_position(kOp, position, 0);
+  check_store(kOp, "index_pages", index_pages, k_index, k_index.size(1));
+  check_capacity(kOp, "index_pages", index_pages, position + k_index.size(2));
+}
+
+/// Checks the arguments of cache_unroll, and returns keys and start_local to be filled.
+Unrolled check_and_allocate(const at::Tensor& ring, const at::Tensor& added,
+                            at::IntArrayRef local_heads, int64_t position, int64_t sinks,
+                            const std::optional<at::Tensor>& start) {
+  constexpr const char* kOp = "cache_unroll";
+  check_tensor(kOp, "new", added, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
+  check_position(kOp, position, sinks);
+  check_heads(kOp, "local_heads", local_heads, added.size(1));
+  check_store(kOp, "ring", ring, added, static_cast<int64_t>(local_heads.size()));
+  check_ring(kOp, "ring", ring, sinks);
+  check_start(kOp, start, added.size(0), added);
+  return {at::empty({ring.size(0), ring.size(1), ring.size(2) + added.size(2), ring.size(3)},
+                    ring.options()),
+          at::empty({ring.size(0)}, ring.options().dtype(at::kLong))};
+}
+
 void append(const at::Tensor& source, at::Tensor& target, at::IntArrayRef heads, int64_t position,
             int64_t sinks, int64_t slot_window, const int64_t* start) {
   if (heads.empty()) return;
@@ -80,24 +144,7 @@ void cache_append_cpu(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ri
                       at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
                       at::IntArrayRef full_heads, int64_t position, int64_t sinks,
                       const std::optional<at::Tensor>& start) {
-  constexpr const char* kOp = "cache_append";
-  check_tensor(kOp, "k", k, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
-  check_tensor(kOp, "v", v, "[B, Hk, M, D]", {k.size(0), k.size(1), k.size(2), kAnySize});
-  check_position(kOp, position, sinks);
-  check_heads(kOp, "full_heads", full_heads, k.size(1));
-  check_start(kOp, start, k.size(0), k);
-  const int64_t full = static_cast<int64_t>(full_heads.size());
-  const auto check_side = [&](const char* ring_name, const char* pages_name,
-                              const at::Tensor& source, const at::Tensor& ring,
-                              const at::Tensor& pages) {
-    check_store(kOp, ring_name, ring, source, source.size(1) - full);
-    check_store(kOp, pages_name, pages, source, full);
-    check_ring(kOp, ring_name, ring, sinks);
-    check_capacity(kOp, pages_name, pages, position + source.size(2));
-  };
-  check_side("k_ring", "k_pages", k, k_ring, k_pages);
-  check_side("v_ring", "v_pages", v, v_ring, v_pages);
-
+  check_append(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start);
   const std::vector<int64_t> local = other_heads(full_heads, k.size(1));
   at::Tensor start_kept;
   const int64_t* starts = start_ptr(start, start_kept);
@@ -108,30 +155,15 @@ void cache_append_cpu(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ri
 }
 
 void cache_append_index_cpu(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
-  constexpr const char* kOp = "cache_append_index";
-  check_tensor(kOp, "k_index", k_index, "[B, Rk, M, r]", {kAnySize, kAnySize, kAnySize, kAnySize});
-  check_position(kOp, position, 0);
-  check_store(kOp, "index_pages", index_pages, k_index, k_index.size(1));
-  check_capacity(kOp, "index_pages", index_pages, position + k_index.size(2));
-  std::vector<int64_t> heads(k_index.size(1));
-  std::iota(heads.begin(), heads.end(), 0);
-  append(k_index, index_pages, heads, position, 0, kPages, nullptr);
+  check_append_index(k_index, index_pages, position);
+  append(k_index, index_pages, every_head(k_index.size(1)), position, 0, kPages, nullptr);
 }
 
-std::tuple<at::Tensor, at::Tensor> cache_unroll_cpu(const at::Tensor& ring, const at::Tensor& added,
-                                                    at::IntArrayRef local_heads, int64_t position,
-                                                    int64_t sinks,
-                                                    const std::optional<at::Tensor>& start) {
-  constexpr const char* kOp = "cache_unroll";
-  check_tensor(kOp, "new", added, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
-  check_position(kOp, position, sinks);
-  check_heads(kOp, "local_heads", local_heads, added.size(1));
-  check_store(kOp, "ring", ring, added, static_cast<int64_t>(local_heads.size()));
-  check_ring(kOp, "ring", ring, sinks);
-  check_start(kOp, start, added.size(0), added);
-  const at::Tensor keys = at::empty(
-      {ring.size(0), ring.size(1), ring.size(2) + added.size(2), ring.size(3)}, ring.options());
-  const at::Tensor start_local = at::empty({ring.size(0)}, ring.options().dtype(at::kLong));
+Unrolled cache_unroll_cpu(const at::Tensor& ring, const at::Tensor& added,
+                          at::IntArrayRef local_heads, int64_t position, int64_t sinks,
+                          const std::optional<at::Tensor>& start) {
+  Unrolled result = check_and_allocate(ring, added, local_heads, position, sinks, start);
+  auto& [keys, start_local] = result;
   at::Tensor start_kept;
   cpu::cache_unroll_kernel({.ring = bytes_view(ring),
                             .source = bytes_view(added),
@@ -146,8 +178,87 @@ std::tuple<at::Tensor, at::Tensor> cache_unroll_cpu(const at::Tensor& ring, cons
                             .position = position,
                             .sinks = sinks,
                             .window = ring.size(2) - sinks});
-  return {keys, start_local};
+  return result;
 }
+
+#ifdef RTPURBO_WITH_CUDA
+cuda::CacheStore cuda_store(const at::Tensor& source, const at::Tensor& pages,
+                            const at::Tensor& ring, int64_t sinks) {
+  return {.source = bytes_view(source),
+          .pages = bytes_view(pages),
+          .ring = bytes_view(ring),
+          .row_bytes = source.size(3) * source.element_size(),
+          .window = ring.size(2) - sinks};
+}
+
+void cache_append_cuda(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring,
+                       at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
+                       at::IntArrayRef full_heads, int64_t position, int64_t sinks,
+                       const std::optional<at::Tensor>& start) {
+  check_append(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start);
+  std::vector<int64_t> heads = full_heads.vec();
+  const std::vector<int64_t> local = other_heads(full_heads, k.size(1));
+  heads.insert(heads.end(), local.begin(), local.end());
+  const c10::cuda::CUDAGuard guard(k.device());
+  at::Tensor start_kept;
+  RTPURBO_CUDA_CHECK(
+      "cache_append",
+      cuda::launch_cache_append(
+          {.stores = {cuda_store(k, k_pages, k_ring, sinks), cuda_store(v, v_pages, v_ring, sinks)},
+           .stores_count = 2,
+           .heads = cuda::head_list("cache_append", "k", heads),
+           .page_heads = static_cast<int32_t>(full_heads.size()),
+           .start_ptr = start_ptr(start, start_kept),
+           .batch = k.size(0),
+           .rows = k.size(2),
+           .position = position,
+           .sinks = sinks},
+          c10::cuda::getCurrentCUDAStream()));
+}
+
+void cache_append_index_cuda(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
+  constexpr const char* kOp = "cache_append_index";
+  check_append_index(k_index, index_pages, position);
+  const c10::cuda::CUDAGuard guard(k_index.device());
+  RTPURBO_CUDA_CHECK(kOp,
+                     cuda::launch_cache_append(
+                         {.stores = {cuda_store(k_index, index_pages, index_pages, 0)},
+                          .stores_count = 1,
+                          .heads = cuda::head_list(kOp, "k_index", every_head(k_index.size(1))),
+                          .page_heads = static_cast<int32_t>(k_index.size(1)),
+                          .start_ptr = nullptr,
+                          .batch = k_index.size(0),
+                          .rows = k_index.size(2),
+                          .position = position,
+                          .sinks = 0},
+                         c10::cuda::getCurrentCUDAStream()));
+}
+
+Unrolled cache_unroll_cuda(const at::Tensor& ring, const at::Tensor& added,
+                           at::IntArrayRef local_heads, int64_t position, int64_t sinks,
+                           const std::optional<at::Tensor>& start) {
+  Unrolled result = check_and_allocate(ring, added, local_heads, position, sinks, start);
+  auto& [keys, start_local] = result;
+  const c10::cuda::CUDAGuard guard(ring.device());
+  at::Tensor start_kept;
+  RTPURBO_CUDA_CHECK(
+      "cache_unroll",
+      cuda::launch_cache_unroll({.ring = bytes_view(ring),
+                                 .source = bytes_view(added),
+                                 .target = bytes_view(keys),
+                                 .heads = cuda::head_list("cache_unroll", "new", local_heads),
+                                 .start_ptr = start_ptr(start, start_kept),
+                                 .start_local_ptr = start_local.mutable_data_ptr<int64_t>(),
+                                 .batch = ring.size(0),
+                                 .rows = added.size(2),
+                                 .row_bytes = added.size(3) * added.element_size(),
+                                 .position = position,
+                                 .sinks = sinks,
+                                 .window = ring.size(2) - sinks},
+                                c10::cuda::getCurrentCUDAStream()));
+  return result;
+}
+#endif
 
 }  // namespace
 
@@ -191,5 +302,12 @@ TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) {
   m.impl("cache_append_index", &cache_append_index_cpu);
   m.impl("cache_unroll", &cache_unroll_cpu);
 }
+#ifdef RTPURBO_WITH_CUDA
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) {
+  m.impl("cache_append", &cache_append_cuda);
+  m.impl("cache_append_index", &cache_append_index_cuda);
+  m.impl("cache_unroll", &cache_unroll_cuda);
+}
+#endif
 
 }  // namespace rtpurbo
