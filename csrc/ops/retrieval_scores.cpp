@@ -8,14 +8,21 @@
 #include "csrc/cpu/retrieval_scores.h"
 #include "csrc/ops/common/check.h"
 #include "csrc/ops/common/heads.h"
+#ifdef RTPURBO_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
+#include "csrc/cuda/retrieval_scores.h"
+#include "csrc/ops/common/cuda_arguments.h"
+#include "csrc/ops/common/cuda_check.h"
+#endif
 
 namespace rtpurbo {
 namespace {
 
-at::Tensor retrieval_scores_cpu(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin,
-                                int64_t pre_end, double scale,
-                                const std::optional<at::Tensor>& start) {
-  constexpr const char* kOp = "retrieval_scores";
+constexpr const char* kOp = "retrieval_scores";
+
+void check(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin, int64_t pre_end,
+           double scale, const std::optional<at::Tensor>& start) {
   TORCH_CHECK_VALUE(k.dim() == 4,
                     "rtpurbo::retrieval_scores: k must have shape [B, Hk, N, D], got ", k.sizes());
   check_qkv(kOp, q, k, k, "k", "k");
@@ -30,6 +37,12 @@ at::Tensor retrieval_scores_cpu(const at::Tensor& q, const at::Tensor& k, int64_
                     k.size(2), "], got [", pre_begin, ", ", pre_end, ")");
   check_mask(kOp, 1, 0, scale);
   check_start(kOp, start, q.size(0), q);
+}
+
+at::Tensor retrieval_scores_cpu(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin,
+                                int64_t pre_end, double scale,
+                                const std::optional<at::Tensor>& start) {
+  check(q, k, pre_begin, pre_end, scale, start);
   const at::Tensor scores =
       at::empty({q.size(0), q.size(1)}, q.options().dtype(at::toOpMathType(q.scalar_type())));
   at::Tensor start_kept;
@@ -50,6 +63,36 @@ at::Tensor retrieval_scores_cpu(const at::Tensor& q, const at::Tensor& k, int64_
   return scores;
 }
 
+#ifdef RTPURBO_WITH_CUDA
+at::Tensor retrieval_scores_cuda(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin,
+                                 int64_t pre_end, double scale,
+                                 const std::optional<at::Tensor>& start) {
+  check(q, k, pre_begin, pre_end, scale, start);
+  cuda::check_not_double(kOp, "q", q.scalar_type());
+  const c10::cuda::CUDAGuard guard(q.device());
+  const at::Tensor mass =
+      at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  at::Tensor start_kept;
+  RTPURBO_CUDA_CHECK(kOp,
+                     cuda::launch_retrieval_scores({.type = cuda::element_type(q.scalar_type()),
+                                                    .q = heads_view(q),
+                                                    .k = heads_view(k),
+                                                    .start_ptr = start_ptr(start, start_kept),
+                                                    .mass_ptr = mass.mutable_data_ptr<float>(),
+                                                    .batch = q.size(0),
+                                                    .query_heads = q.size(1),
+                                                    .kv_heads = k.size(1),
+                                                    .rows = q.size(2),
+                                                    .keys = k.size(2),
+                                                    .dim = q.size(3),
+                                                    .pre_begin = pre_begin,
+                                                    .pre_end = pre_end,
+                                                    .scale = static_cast<float>(scale)},
+                                                   c10::cuda::getCurrentCUDAStream()));
+  return mass.mean(-1);
+}
+#endif
+
 }  // namespace
 
 at::Tensor retrieval_scores(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin,
@@ -66,5 +109,8 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       " Tensor? start=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("retrieval_scores", &retrieval_scores_cpu); }
+#ifdef RTPURBO_WITH_CUDA
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) { m.impl("retrieval_scores", &retrieval_scores_cuda); }
+#endif
 
 }  // namespace rtpurbo
