@@ -63,10 +63,7 @@ Result top_p_cpu(const at::Tensor& scores, double p, int64_t min_members,
 Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
                   const std::optional<at::Tensor>& forced_lse,
                   bool /*exact: the exact set is inside the fast mode's bound*/) {
-  TORCH_CHECK_TYPE(
-      scores.scalar_type() != at::kDouble,
-      "rtpurbo::top_p: scores on CUDA must be float32, bfloat16 or float16, got float64; "
-      "convert with .float() or call it on the CPU");
+  check_cuda_dtype("top_p", "scores", scores);
   Result result = check_and_allocate(scores, p, min_members, forced_lse);
   auto& [indices, counts, mass] = result;
   const c10::cuda::CUDAGuard guard(scores.device());
