@@ -5,9 +5,18 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "csrc/cpu/decode.h"
 #include "csrc/ops/common/check.h"
 #include "csrc/ops/common/heads.h"
+#ifdef RTPURBO_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
+#include "csrc/cuda/decode.h"
+#include "csrc/ops/common/cuda_check.h"
+#endif
 
 namespace rtpurbo {
 namespace {
@@ -47,34 +56,53 @@ int64_t check_length(const at::Tensor& q, const at::Tensor& k, int64_t length) {
   return k.size(2);
 }
 
-Result decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                  at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
-                  int64_t sinks, double scale, const MaybeTensor& indices,
-                  const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
-                  const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
+/// What both devices compute from the checked arguments.
+struct Problem {
+  int64_t keys;
+  std::vector<cpu::HeadSet> sets;
+  at::Tensor out, lse;
+  at::Tensor indices, counts, start;  // kept alive for the pointers below
+  const int64_t* start_ptr;
+};
+
+Problem check_and_allocate(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
+                           int64_t sinks, double scale, const MaybeTensor& indices,
+                           const MaybeTensor& counts, int64_t block_size,
+                           const MaybeTensor& k_local, const MaybeTensor& v_local,
+                           const MaybeTensor& start, int64_t length) {
   const int64_t kv_heads =
       check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
   check_mask(kOp, window, sinks, scale);
   TORCH_CHECK_VALUE(near_window >= 1, "rtpurbo::decode: near_window must be >= 1, got ",
                     near_window);
-  const int64_t keys = check_length(q, k, length);
-  const int64_t lists = static_cast<int64_t>(retrieval_heads.size());
-  check_lists(q, lists, indices, counts, block_size);
+  Problem problem;
+  problem.keys = check_length(q, k, length);
+  check_lists(q, static_cast<int64_t>(retrieval_heads.size()), indices, counts, block_size);
   if (k_local) {
     TORCH_CHECK_VALUE(k_local->size(1) == 0 || k_local->size(2) == sinks + window,
                       "rtpurbo::decode: k_local must have sinks + window = ", sinks + window,
                       " slots, got ", k_local->size(2));
   }
-
-  const at::Tensor out =
-      at::empty({q.size(0), 1, q.size(1), q.size(3)}, q.options()).transpose(1, 2);
-  const at::Tensor lse =
+  problem.out = at::empty({q.size(0), 1, q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+  problem.lse =
       at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::toOpMathType(q.scalar_type())));
-  const auto sets =
+  problem.sets =
       head_sets(retrieval_heads, q.size(1), kv_heads, indices.has_value(), k_local.has_value());
-  const at::Tensor members = indices ? indices->contiguous() : at::Tensor();
-  const at::Tensor member_counts = counts ? counts->contiguous() : at::Tensor();
-  at::Tensor start_kept;
+  if (indices) problem.indices = indices->contiguous();
+  if (counts) problem.counts = counts->contiguous();
+  problem.start_ptr = start_ptr(start, problem.start);
+  return problem;
+}
+
+Result decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
+                  int64_t sinks, double scale, const MaybeTensor& indices,
+                  const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
+                  const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
+  const Problem problem =
+      check_and_allocate(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
+                         counts, block_size, k_local, v_local, start, length);
   cpu::decode_kernel({
       .dtype = q.scalar_type(),
       .q = heads_view(q),
@@ -82,27 +110,128 @@ Result decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
       .v = heads_view(v),
       .k_local = k_local ? heads_view(*k_local) : HeadsView{},
       .v_local = v_local ? heads_view(*v_local) : HeadsView{},
-      .out = heads_view(out),
-      .lse_ptr = lse.mutable_data_ptr(),
-      .start_ptr = start_ptr(start, start_kept),
-      .indices_ptr = indices ? members.const_data_ptr<int32_t>() : nullptr,
-      .counts_ptr = counts ? member_counts.const_data_ptr<int32_t>() : nullptr,
+      .out = heads_view(problem.out),
+      .lse_ptr = problem.lse.mutable_data_ptr(),
+      .start_ptr = problem.start_ptr,
+      .indices_ptr = indices ? problem.indices.const_data_ptr<int32_t>() : nullptr,
+      .counts_ptr = counts ? problem.counts.const_data_ptr<int32_t>() : nullptr,
       .batch = q.size(0),
       .heads = q.size(1),
-      .length = keys,
+      .length = problem.keys,
       .slots = k_local ? k_local->size(2) : 0,
       .dim = q.size(3),
-      .lists = lists,
+      .lists = static_cast<int64_t>(retrieval_heads.size()),
       .capacity = indices ? indices->size(3) : 0,
       .block_size = block_size,
-      .window = std::min(window, keys),
-      .near_window = std::min(near_window, keys),
-      .sinks = std::min(sinks, keys),
+      .window = std::min(window, problem.keys),
+      .near_window = std::min(near_window, problem.keys),
+      .sinks = std::min(sinks, problem.keys),
       .scale = scale,
-      .head_sets = &sets,
+      .head_sets = &problem.sets,
   });
-  return {out, lse};
+  return {problem.out, problem.lse};
 }
+
+#ifdef RTPURBO_WITH_CUDA
+/// Adds the heads as sets of at most kMaxHeads that share every load.
+void add_sets(cuda::DecodeParams& params, cuda::DecodeSet set, at::IntArrayRef heads) {
+  constexpr int kMost = cuda::DecodeSet::kMaxHeads;
+  for (size_t first = 0; first < heads.size(); first += kMost) {
+    const auto part = heads.slice(first, std::min<size_t>(kMost, heads.size() - first));
+    set.heads_count = static_cast<uint8_t>(part.size());
+    set.first_slot = static_cast<int16_t>(params.slots_count);
+    params.sets[params.sets_count++] = set;
+    for (const int64_t head : part) {
+      const auto slot = static_cast<int16_t>(params.slots_count++);
+      params.slot_heads[slot] = static_cast<int16_t>(head);
+      auto& slots = params.head_slots[head];
+      slots[slots[0] < 0 ? 0 : 1] = slot;
+    }
+  }
+}
+
+/// The CPU's sets, with the near keys of listed heads as sets of their own: all heads of a KV head
+/// whose windows are equal load them together.
+void fill_sets(cuda::DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
+  for (auto& slots : params.head_slots) std::fill(std::begin(slots), std::end(slots), -1);
+  const bool one_window = params.window == params.near_window;
+  for (size_t i = 0; i < sets.size();) {
+    const int64_t kv_head = sets[i].kv_head;
+    const bool from_local = sets[i].from_local;
+    cuda::DecodeSet set{.from_local = from_local, .kv_head = static_cast<int16_t>(kv_head)};
+    std::vector<int64_t> near;
+    std::vector<int64_t> listed_near;
+    for (; i < sets.size() && sets[i].kv_head == kv_head && sets[i].from_local == from_local; ++i) {
+      const std::vector<int64_t>& heads = sets[i].heads;
+      if (sets[i].keys == cpu::KeySet::kVisible) {
+        set.keys = cuda::DecodeKeys::kVisible;
+        add_sets(params, set, heads);
+      } else if (sets[i].keys == cpu::KeySet::kListed) {
+        set.keys = cuda::DecodeKeys::kListed;
+        set.list = static_cast<int16_t>(sets[i].list);
+        add_sets(params, set, heads);
+        auto& list = one_window ? near : listed_near;
+        list.insert(list.end(), heads.begin(), heads.end());
+      } else {
+        near.insert(near.end(), heads.begin(), heads.end());
+      }
+    }
+    set.keys = cuda::DecodeKeys::kNear;
+    add_sets(params, set, near);
+    set.near_window = true;
+    add_sets(params, set, listed_near);
+  }
+}
+
+Result decode_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                   at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
+                   int64_t sinks, double scale, const MaybeTensor& indices,
+                   const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
+                   const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
+  check_cuda_dtype(kOp, "q", q);
+  const Problem problem =
+      check_and_allocate(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
+                         counts, block_size, k_local, v_local, start, length);
+  TORCH_CHECK_VALUE(q.size(1) <= cuda::DecodeParams::kMaxHeads && q.size(3) <= cuda::kMaxDim,
+                    "rtpurbo::decode: q on CUDA must have Hq <= ", cuda::DecodeParams::kMaxHeads,
+                    " and D <= ", cuda::kMaxDim, ", got Hq = ", q.size(1), " and D = ", q.size(3));
+  if (q.size(0) == 0) return {problem.out, problem.lse};
+  const c10::cuda::CUDAGuard guard(q.device());
+  cuda::DecodeParams params{
+      .type = cuda::element_type(q.scalar_type()),
+      .q = heads_view(q),
+      .k = heads_view(k),
+      .v = heads_view(v),
+      .k_local = k_local ? heads_view(*k_local) : HeadsView{},
+      .v_local = v_local ? heads_view(*v_local) : HeadsView{},
+      .out = heads_view(problem.out),
+      .lse_ptr = problem.lse.mutable_data_ptr<float>(),
+      .start_ptr = problem.start_ptr,
+      .indices_ptr = indices ? problem.indices.const_data_ptr<int32_t>() : nullptr,
+      .counts_ptr = counts ? problem.counts.const_data_ptr<int32_t>() : nullptr,
+      .batch = q.size(0),
+      .heads = q.size(1),
+      .length = problem.keys,
+      .slots = k_local ? k_local->size(2) : 0,
+      .dim = q.size(3),
+      .lists = static_cast<int64_t>(retrieval_heads.size()),
+      .capacity = indices ? indices->size(3) : 0,
+      .block_size = block_size,
+      .window = std::min(window, problem.keys),
+      .near_window = std::min(near_window, problem.keys),
+      .sinks = std::min(sinks, problem.keys),
+      .scale = static_cast<float>(scale),
+      .splits = 1,
+  };
+  fill_sets(params, problem.sets);
+  params.splits = cuda::decode_splits(params, cuda::multiprocessors());
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(cuda::decode_workspace(params))},
+                                         q.options().dtype(at::kByte));
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_decode(params, workspace.mutable_data_ptr(),
+                                              c10::cuda::getCurrentCUDAStream()));
+  return {problem.out, problem.lse};
+}
+#endif
 
 }  // namespace
 
@@ -126,5 +255,8 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       " -> (Tensor out, Tensor lse)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("decode", &decode_cpu); }
+#ifdef RTPURBO_WITH_CUDA
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) { m.impl("decode", &decode_cuda); }
+#endif
 
 }  // namespace rtpurbo

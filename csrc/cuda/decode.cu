@@ -1,0 +1,119 @@
+#include <algorithm>
+
+#include "csrc/cuda/decode.h"
+#include "csrc/cuda/decode/merge.cuh"
+#include "csrc/cuda/decode/split_mma.cuh"
+#include "csrc/cuda/decode/split_simt.cuh"
+
+namespace rtpurbo::cuda {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Most keys that a set may read.
+int64_t most_keys(const DecodeParams& p) {
+  int64_t most = 0;
+  for (int i = 0; i < p.sets_count; ++i) {
+    const DecodeSet& set = p.sets[i];
+    const int64_t window = set.near_window ? p.near_window : p.window;
+    most = std::max(most, set.from_local                  ? p.slots
+                          : set.keys == DecodeKeys::kNear ? p.sinks + window
+                                                          : p.length);
+  }
+  return std::min(most, p.length);
+}
+
+size_t stats_bytes(const DecodeParams& p) {
+  const int64_t bytes = p.batch * p.splits * p.slots_count * static_cast<int64_t>(sizeof(float2));
+  return static_cast<size_t>(divide_up(bytes, 256) * 256);
+}
+
+bool rows_aligned(const HeadsView& view) {
+  return reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 && view.batch_stride % 8 == 0 &&
+         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
+}
+
+template <typename T, int kDim>
+cudaError_t launch_mma(const DecodeParams& p, const Partials& partials, dim3 grid,
+                       cudaStream_t stream) {
+  constexpr int kBytes = MmaTile<kDim>::kSharedBytes;
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          decode_mma_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
+    return error;
+  }
+  decode_mma_kernel<T, kDim><<<grid, 32 * kMmaWarps, kBytes, stream>>>(p, partials);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 grid,
+                          cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (rows_aligned(p.k) && rows_aligned(p.v) && rows_aligned(p.k_local) &&
+        rows_aligned(p.v_local)) {
+      switch (p.dim) {
+        case 64:
+          return launch_mma<T, 64>(p, partials, grid, stream);
+        case 128:
+          return launch_mma<T, 128>(p, partials, grid, stream);
+        case 256:
+          return launch_mma<T, 256>(p, partials, grid, stream);
+      }
+    }
+  }
+  decode_simt_kernel<T><<<grid, 32 * kSimtWarps, 0, stream>>>(p, partials);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int decode_splits(const DecodeParams& params, int sm_count) {
+  constexpr int64_t kTile = kTileKeys * kMmaWarps;
+  constexpr int64_t kBlocksOfSm = 2;
+  const int64_t wanted =
+      divide_up(kBlocksOfSm * sm_count, std::max<int64_t>(1, params.batch * params.sets_count));
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min(wanted, divide_up(most_keys(params), kTile))));
+}
+
+size_t decode_workspace(const DecodeParams& params) {
+  return stats_bytes(params) +
+         params.batch * params.splits * params.slots_count * params.dim * sizeof(float);
+}
+
+cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStream_t stream) {
+  constexpr int64_t kMaxGridZ = 65535;
+  char* base = static_cast<char*>(workspace);
+  const int64_t total = params.batch;
+  const Partials all{reinterpret_cast<float*>(base + stats_bytes(params)),
+                     reinterpret_cast<float2*>(base)};
+  for (int64_t first = 0; first < total; first += kMaxGridZ) {
+    DecodeParams p = params;
+    p.batch = std::min(kMaxGridZ, total - first);
+    const auto skip = [&](HeadsView& view, int64_t size) {
+      view.ptr = static_cast<char*>(view.ptr) + first * view.batch_stride * size;
+    };
+    const int64_t size = params.type == ElementType::kFloat32 ? 4 : 2;
+    for (HeadsView* view : {&p.q, &p.k, &p.v, &p.out}) skip(*view, size);
+    if (p.k_local.ptr) skip(p.k_local, size);
+    if (p.v_local.ptr) skip(p.v_local, size);
+    p.lse_ptr += first * p.heads;
+    if (p.start_ptr) p.start_ptr += first;
+    if (p.indices_ptr) p.indices_ptr += first * p.lists * p.capacity;
+    if (p.counts_ptr) p.counts_ptr += first * p.lists;
+    const int64_t slot = first * p.splits * p.slots_count;
+    const Partials partials{all.sums + slot * p.dim, all.stats + slot};
+    const dim3 grid(p.splits, p.sets_count, static_cast<unsigned>(p.batch));
+    const cudaError_t error = dispatch_element(p.type, [&](auto element) {
+      using T = decltype(element);
+      if (const cudaError_t launched = launch_splits<T>(p, partials, grid, stream)) return launched;
+      const dim3 heads(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
+      merge_kernel<T><<<heads, kMergeThreads, 0, stream>>>(p, partials);
+      return cudaGetLastError();
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace rtpurbo::cuda

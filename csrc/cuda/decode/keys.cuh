@@ -1,0 +1,91 @@
+#pragma once
+// Which keys a set reads: positions j in [0, total) mapped to rows of its tensors.
+
+#include <cuda_runtime.h>
+
+#include "csrc/cuda/decode.h"
+
+namespace rtpurbo::cuda {
+
+/// Partial results: slot s of split i of batch b stands at (b * splits + i) * slots_count + s.
+struct Partials {
+  float* sums;    // [B, splits, slots, dim], relative to max
+  float2* stats;  // [B, splits, slots], (max of the scaled logits in octaves, sum of weights)
+};
+
+class SetKeys {
+ public:
+  __device__ SetKeys(const DecodeParams& p, const DecodeSet& set, int64_t batch)
+      : block_size_(static_cast<int>(p.block_size)) {
+    const int64_t start = p.start_ptr ? max(p.start_ptr[batch], static_cast<int64_t>(0)) : 0;
+    if (set.from_local) {
+      total_ = max(min(p.length - start, p.slots), static_cast<int64_t>(0));
+      sinks_ = total_;
+      return;
+    }
+    if (start >= p.length) return;
+    const bool near_window = set.keys == DecodeKeys::kListed || set.near_window;
+    const int64_t window = near_window ? p.near_window : p.window;
+    const int64_t sinks_end = min(start + p.sinks, p.length);
+    const int64_t window_begin = max(sinks_end, max(start, p.length - window));
+    if (set.keys == DecodeKeys::kVisible) {
+      gap_ = start;
+      total_ = p.length - start;
+    } else if (set.keys == DecodeKeys::kNear) {
+      gap_ = start;
+      sinks_ = sinks_end - start;
+      jump_ = window_begin - sinks_end;
+      total_ = sinks_ + p.length - window_begin;
+    } else {
+      const int64_t place = batch * p.lists + set.list;
+      const int32_t count = p.counts_ptr[place];
+      far_begin_ = sinks_end;
+      far_end_ = window_begin;
+      if (count < 0) {
+        gap_ = sinks_end;
+        total_ = window_begin - sinks_end;
+      } else {
+        list_ = p.indices_ptr + place * p.capacity;
+        total_ = min(static_cast<int64_t>(count), p.capacity) * block_size_;
+      }
+    }
+  }
+
+  __device__ int64_t total() const { return total_; }
+
+  /// Row of position j < total, or -1 where a listed block holds a key that is not far.
+  __device__ int64_t row(int64_t j) const {
+    if (list_) {
+      const int64_t n =
+          block_size_ == 1
+              ? list_[j]
+              : static_cast<int64_t>(list_[j / block_size_]) * block_size_ + j % block_size_;
+      return n >= far_begin_ && n < far_end_ ? n : -1;
+    }
+    return gap_ + j + (j >= sinks_ ? jump_ : 0);
+  }
+
+ private:
+  const int32_t* list_ = nullptr;
+  int64_t total_ = 0;
+  int64_t gap_ = 0;    // row of position 0
+  int64_t sinks_ = 0;  // positions before the jump from sinks to window
+  int64_t jump_ = 0;
+  int64_t far_begin_ = 0, far_end_ = 0;
+  int block_size_;
+};
+
+/// Positions [begin, end) of one split; whole tiles, so that splits differ by at most one.
+struct Range {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ Range split_range(int64_t total, int split, int splits, int tile) {
+  const int64_t tiles = (total + tile - 1) / tile;
+  const int64_t per_split = tiles / splits, rest = tiles % splits;
+  const int64_t first = split * per_split + min(static_cast<int64_t>(split), rest);
+  const int64_t count = per_split + (split < rest);
+  return {min(first * tile, total), min((first + count) * tile, total)};
+}
+
+}  // namespace rtpurbo::cuda

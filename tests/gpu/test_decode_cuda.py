@@ -1,0 +1,136 @@
+"""select and decode on CUDA at sizes that the property tests do not reach."""
+
+import random
+
+import pytest
+import torch
+
+from rtpurbo import ops
+from tests import reference
+
+
+def draw(seed: int, dim: int, dtype: torch.dtype) -> tuple[tuple, dict]:
+    """A layer with thousands of keys, real head dims and lists of far tokens or blocks."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, kv_heads, group = (
+        rng.randint(1, 3),
+        rng.randint(1, 4),
+        rng.choice([1, 2, 3, 4, 7, 8, 16]),
+    )
+    keys, window, sinks = (
+        rng.randint(1, 6000),
+        rng.choice([1, 63, 64, 500, 1024]),
+        rng.choice([0, 4, 5]),
+    )
+    near_window = rng.choice([window, 64])
+    heads = kv_heads * group
+    retrieval = sorted(rng.sample(range(heads), rng.randint(0, min(heads, 5))))
+    block_size = rng.choice([1, 16, 32, 64])
+    blocks = -(-keys // block_size)
+    capacity = rng.randint(1, blocks)
+    indices = torch.full((batch, len(retrieval), 1, capacity), -1, dtype=torch.int32)
+    counts = torch.zeros(batch, len(retrieval), 1, dtype=torch.int32)
+    for b in range(batch):
+        for j in range(len(retrieval)):
+            count = rng.choice([-1, 0, capacity, rng.randint(0, capacity)])
+            counts[b, j, 0] = count
+            if count > 0:
+                chosen = torch.randperm(blocks)[:count].sort().values
+                indices[b, j, 0, :count] = chosen.int()
+    q = torch.randn(batch, 1, heads, dim).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, keys, kv_heads, dim).to(dtype).transpose(1, 2) for _ in range(2))
+    start = (
+        torch.tensor([rng.randint(0, keys) for _ in range(batch)]) if rng.random() < 0.5 else None
+    )
+    return (q, k, v, retrieval, window, near_window, sinks, dim**-0.5), dict(
+        indices=indices, counts=counts, block_size=block_size, start=start
+    )  # fmt: skip
+
+
+def on(device, value):
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decode_matches_the_reference(seed, dim, dtype, cuda_device):
+    positional, keywords = draw(seed * 7 + dim, dim, dtype)
+    exact, exact_lse = reference.decode(*positional, **keywords)
+    low, _ = reference.decode(*positional, **keywords, compute=dtype)
+    out, lse = ops.decode(
+        *(on(cuda_device, a) for a in positional),
+        **{k: on(cuda_device, v) for k, v in keywords.items()},
+    )
+    allowed = 2 * (low.double() - exact).abs().max() + 1e-5
+    assert (out.cpu().double() - exact).abs().max() <= allowed
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
+
+
+def test_twenty_runs_give_the_same_bits(cuda_device):
+    torch.manual_seed(0)
+    q = torch.randn(1, 32, 1, 128, device=cuda_device, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 4, 131_072, 128, device=cuda_device, dtype=torch.bfloat16) for _ in "kv")
+    q_index = torch.randn(1, 5, 1, 16, device=cuda_device, dtype=torch.float16)
+    k_index = torch.randn(1, 5, 131_072, 16, device=cuda_device, dtype=torch.float16)
+    near = torch.zeros(1, 5, 1, device=cuda_device)
+
+    def step():
+        indices, counts, mass = ops.select(
+            q_index, k_index, [0, 1, 2, 3, 4], 0.9, 8192, 4, 64, near_lse=near
+        )
+        return indices, counts, mass, *ops.decode(
+            q, k, v, [1, 9, 10, 17, 30], 8192, 8192, 4, 128**-0.5, indices=indices, counts=counts
+        )  # fmt: skip
+
+    first = step()
+    for _ in range(20):
+        for a, b in zip(first, step(), strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(first, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "spike"])
+@pytest.mark.parametrize("block_size", [1, 64])
+@pytest.mark.parametrize("exact", [True, False])
+def test_long_rows_equal_the_cpu(kind, block_size, exact, cuda_device):
+    torch.manual_seed(1)
+    keys = 300_007
+    q_index, k_index = torch.randn(2, 3, 1, 16), torch.randn(2, 3, keys, 16)
+    if kind == "narrow":
+        k_index *= 1e-3
+    if kind == "equal":
+        k_index[:] = k_index[:, :, :1]
+    if kind == "spike":
+        k_index[:, :, 12_345] = 30 * q_index[:, :, 0]
+    arguments = (q_index, k_index.half(), [0, 1, 2], 0.9, 1024, 4, 64, block_size)
+    cpu = ops.select(*arguments, exact=exact)
+    cuda = [t.cpu() for t in ops.select(*(on(cuda_device, a) for a in arguments), exact=exact)]
+    # Scores near the threshold differ in their last bits.
+    slack = 3 + cpu[1].max() // (5_000 if exact else 20)
+    for b in range(2):
+        for j in range(3):
+            a = set(cpu[0][b, j, 0, : cpu[1][b, j, 0]].tolist())
+            c = cuda[0][b, j, 0, : cuda[1][b, j, 0]]
+            assert c.diff().gt(0).all() and len(a ^ set(c.tolist())) <= slack
+            assert (cuda[0][b, j, 0, len(c) :] == -1).all()
+    assert (cuda[2] - cpu[2]).abs().max() < (1e-4 if exact else 0.02)
+    assert (cuda[2] >= 0.9 - 1e-5).all()
+
+
+def test_keys_beyond_2_to_the_31_elements(cuda_device):
+    keys = (1 << 31) // 128 + 1000
+    k = torch.zeros(1, 1, keys, 128, device=cuda_device, dtype=torch.bfloat16)
+    k[0, 0, -1, 0], k[0, 0, -300, 0] = 50, 100
+    q = torch.zeros(1, 1, 1, 128, device=cuda_device, dtype=torch.bfloat16)
+    q[..., 0] = 1
+    indices = torch.tensor([keys - 300], device=cuda_device, dtype=torch.int32).view(1, 1, 1, 1)
+    counts = torch.ones(1, 1, 1, device=cuda_device, dtype=torch.int32)
+    out, lse = ops.decode(q, k, k, [0], 10, 10, 4, 1.0, indices=indices, counts=counts)
+    assert out[0, 0, 0, 0] == 100 and lse[0, 0, 0] == 100

@@ -1,0 +1,54 @@
+"""The CPU operators' property tests, run on CUDA: every call moves its tensors there and back."""
+
+import pytest
+import torch
+
+from rtpurbo import ops
+from tests.ops import test_decode_properties as decode
+from tests.ops import test_select_properties as select
+
+PROPERTIES = [
+    decode.test_decode_equals_the_reference,
+    decode.test_decode_without_lists_sees_everything,
+    decode.test_decode_over_rings,
+    decode.test_unselected_keys_and_padding_are_never_read,
+    decode.test_nan_and_inf_come_out_where_they_went_in,
+    select.test_select_sets,
+    select.test_hidden_keys_are_never_read,
+    select.test_a_nan_selects_every_far_key,
+]
+
+
+class OnDevice:
+    """`rtpurbo.ops` for tensors on the CPU, computed on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __getattr__(self, name: str):
+        operator = getattr(ops, name)
+
+        def call(*args, **kwargs):
+            result = operator(
+                *(self.moved(a) for a in args), **{k: self.moved(v) for k, v in kwargs.items()}
+            )
+            if isinstance(result, torch.Tensor):
+                return result.cpu()
+            return tuple(r.cpu() for r in result)
+
+        return call
+
+    def moved(self, value):
+        """On the device with the same strides."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        moved = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=self.device
+        )
+        return moved.copy_(value)
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_property_holds_on_cuda(check, cuda_device, monkeypatch):
+    monkeypatch.setitem(check.hypothesis.inner_test.__globals__, "ops", OnDevice(cuda_device))
+    check()
