@@ -28,7 +28,7 @@ def describe(name: str, result: dict[str, Any]) -> str:
         for baseline, ratio in result["ratios"].items()
     )
     peak = result["peak_extra_bytes"]["ours"] / 2**20
-    return f"{name} {parameters}: {result['seconds'] * 1e3:.2f} ms, {ratios}, +{peak:.0f} MiB"
+    return f"{name} {parameters}: {result['seconds'] * 1e3:.4g} ms, {ratios}, +{peak:.0f} MiB"
 
 
 def main() -> None:
@@ -53,6 +53,7 @@ def main() -> None:
             "cpu": where["cpu"],
             "capability": where["cpu_capability"],
             "threads": where["threads"],
+            "gpus": where["gpus"],
         },
         "versions": {"torch": torch.__version__, "python": where["python"]},
         "results": {},

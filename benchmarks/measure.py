@@ -5,17 +5,26 @@ import statistics
 import time
 from typing import Any
 
+import torch
+
 from benchmarks.registry import Case, Run
+
+CUDA_REPEATS = 10
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """Median seconds, ratios (above 1: faster than the baseline), peak extra memory in bytes."""
     runs: dict[str, Run] = {"ours": case.run, **case.baselines}
-    peaks = {name: peak_extra_bytes(run) for name, run in runs.items()}  # these runs warm up, too
+    on_cuda = case.device == "cuda"
+    peak, clock = (cuda_peak_bytes, cuda_seconds) if on_cuda else (peak_extra_bytes, seconds)
+    peaks = {name: peak(run) for name, run in runs.items()}  # these runs warm up, too
+    if on_cuda:
+        runs = {name: captured(run) for name, run in runs.items()}
+        repeats *= CUDA_REPEATS
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds(run))
+            times[name].append(clock(run) / case.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = medians.pop("ours")
     ratios = {name: median / ours for name, median in medians.items()}
@@ -29,6 +38,33 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "gflops_per_second": case.flops / ours / 1e9 if case.flops else None,
         "peak_extra_bytes": peaks,
     }
+
+
+def captured(run: Run) -> Run:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return graph.replay
+
+
+def cuda_seconds(run: Run) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def cuda_peak_bytes(run: Run) -> int:
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def seconds(run: Run) -> float:

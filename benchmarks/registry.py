@@ -15,7 +15,8 @@ Run = Callable[[], object]
 class Case:
     """One line of the results: `run` against `baselines`.
 
-    `flops` are those of `run`'s mask; `goals` gives, by baseline, the speed ratio to reach.
+    `flops` are those of `run`'s mask; `goals` gives, by baseline, the speed ratio to reach. A call
+    of `run` or a baseline does the work `rounds` times. On "cuda" the calls are captured in graphs.
     """
 
     parameters: dict[str, Any]
@@ -23,6 +24,8 @@ class Case:
     baselines: dict[str, Run]
     flops: float | None = None
     goals: dict[str, float] = field(default_factory=dict)
+    rounds: int = 1
+    device: str = "cpu"
 
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Case]]] = {}
