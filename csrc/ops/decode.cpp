@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/decode.h"
+#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #endif
 
@@ -188,7 +189,7 @@ Result decode_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    int64_t sinks, double scale, const MaybeTensor& indices,
                    const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
                    const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
-  check_cuda_dtype(kOp, "q", q);
+  cuda::check_not_double(kOp, "q", q.scalar_type());
   const Problem problem =
       check_and_allocate(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
                          counts, block_size, k_local, v_local, start, length);

@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/select.h"
+#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #endif
 
@@ -65,8 +66,8 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
   check_selection(p, min_tokens, block_size, capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
                                  near_lse, offset, start);
-  check_cuda_dtype(kOp, "q_index", q_index);
-  check_cuda_dtype(kOp, "k_index", k_index);
+  cuda::check_not_double(kOp, "q_index", q_index.scalar_type());
+  cuda::check_not_double(kOp, "k_index", k_index.scalar_type());
   TORCH_CHECK_VALUE(q_index.size(3) <= cuda::kMaxIndexDim,
                     "rtpurbo::select: q_index on CUDA must have an index dim r <= ",
                     cuda::kMaxIndexDim, ", got ", q_index.size(3));

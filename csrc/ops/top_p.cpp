@@ -11,6 +11,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/top_p.h"
+#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #endif
 
@@ -63,7 +64,7 @@ Result top_p_cpu(const at::Tensor& scores, double p, int64_t min_members,
 Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
                   const std::optional<at::Tensor>& forced_lse,
                   bool /*exact: the exact set is inside the fast mode's bound*/) {
-  check_cuda_dtype("top_p", "scores", scores);
+  cuda::check_not_double("top_p", "scores", scores.scalar_type());
   Result result = check_and_allocate(scores, p, min_members, forced_lse);
   auto& [indices, counts, mass] = result;
   const c10::cuda::CUDAGuard guard(scores.device());
