@@ -70,8 +70,9 @@ cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 
 int decode_splits(const DecodeParams& params, int sm_count) {
   constexpr int64_t kTile = kTileKeys * kMmaWarps;
   constexpr int64_t kBlocksOfSm = 2;
+  // Rounded down: one block too many would double the time.
   const int64_t wanted =
-      divide_up(kBlocksOfSm * sm_count, std::max<int64_t>(1, params.batch * params.sets_count));
+      kBlocksOfSm * sm_count / std::max<int64_t>(1, params.batch * params.sets_count);
   return static_cast<int>(
       std::max<int64_t>(1, std::min(wanted, divide_up(most_keys(params), kTile))));
 }
@@ -108,7 +109,8 @@ cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStrea
       using T = decltype(element);
       if (const cudaError_t launched = launch_splits<T>(p, partials, grid, stream)) return launched;
       const dim3 heads(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
-      merge_kernel<T><<<heads, kMergeThreads, 0, stream>>>(p, partials);
+      const size_t shares = DecodeParams::kHeadSlots * p.splits * sizeof(float);
+      merge_kernel<T><<<heads, kMergeThreads, shares, stream>>>(p, partials);
       return cudaGetLastError();
     });
     if (error != cudaSuccess) return error;

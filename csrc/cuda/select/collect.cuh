@@ -10,12 +10,10 @@
 namespace rtpurbo::cuda {
 
 constexpr int kCollectThreads = 512;
-constexpr int kDigits = 2048;
+constexpr int kDigitBits = 10;
+constexpr int kDigits = 1 << kDigitBits;
 constexpr int kDigitsPerThread = kDigits / kCollectThreads;
-
-/// The 32 bits of an ordered key as digits of 11, 11 and 10 bits.
-__device__ constexpr int digit_shift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
-__device__ constexpr int digit_width(int pass) { return pass == 2 ? 10 : 11; }
+constexpr int kCached = 2048;  // members of the list that shared memory holds
 
 struct Units {
   unsigned long long mass;
@@ -23,6 +21,12 @@ struct Units {
   __device__ Units operator+(const Units& other) const {
     return {mass + other.mass, count + other.count};
   }
+};
+
+/// A member of the cut bin.
+struct Member {
+  uint32_t key;
+  int32_t position;
 };
 
 /// Finds, by radix selection over the list of the cut bin's members, the smallest set from the top
@@ -33,9 +37,11 @@ class CutFinder {
   struct Shared {
     unsigned long long mass[kDigits];
     uint32_t count[kDigits];
+    Member cached[kCached];
     typename Scan::TempStorage scan;
-    Units reached;  // above the prefix found so far
+    Units reached;  // before the digit found last
     int digit;
+    uint32_t least, most;
   };
 
   __device__ CutFinder(Shared& shared, const float* scores, const int32_t* list, int count,
@@ -48,86 +54,133 @@ class CutFinder {
 
   __device__ double unit() const { return unit_; }
 
-  __device__ unsigned long long weight(float score) const {
-    return static_cast<unsigned long long>(weight_in_bin(octaves_below(top_, score), bin_) * unit_);
+  __device__ Member member(int i) const {
+    if (i < kCached) return shared_.cached[i];
+    const int32_t position = __ldcg(&list_[i]);
+    return {ordered_key(scores_[position]), position};
   }
 
   /// Sets the cut and returns the mass of the members that are in.
   __device__ unsigned long long find(unsigned long long target, long long floor, uint32_t& cut_key,
                                      int32_t& cut_index) {
-    uint32_t prefix = 0, mask = 0;
+    gather();
+    const uint32_t least = shared_.least;
     Units reached{0, 0};
-    for (int pass = 0; pass < 3; ++pass) {
-      const uint32_t digits = (1u << digit_width(pass)) - 1;
-      fill([&](float score, int32_t, auto add) {
-        const uint32_t key = ordered_key(score);
-        if ((key & mask) == prefix) add((key >> digit_shift(pass)) & digits, weight(score));
-      });
-      if (!descend<true>(reached, target, floor)) {  // rounding: the whole bin is needed
-        cut_key = 0;
-        cut_index = INT32_MAX;
-        return shared_.reached.mass;
-      }
-      prefix |= static_cast<uint32_t>(shared_.digit) << digit_shift(pass);
-      mask |= digits << digit_shift(pass);
-      reached = shared_.reached;
+    long long equal = count_;
+    uint32_t found = 0;
+    const bool enough = descend<true>(
+        width(shared_.most - least), target, floor,
+        [&](const Member& m, uint32_t& value) {
+          value = m.key - least;
+          return true;
+        },
+        [&](const Member& m) { return weight(m.key); }, found, reached, equal);
+    if (!enough) {  // rounding: the whole bin is needed
+      cut_key = 0;
+      cut_index = INT32_MAX;
+      return reached.mass;
     }
-    const long long equal = shared_.count[shared_.digit];
-    const unsigned long long each = shared_.mass[shared_.digit] / equal;
+    cut_key = least + found;
+    const unsigned long long each = weight(cut_key);
     long long taken = floor - reached.count;
     if (target > reached.mass) {
       const unsigned long long missing = target - reached.mass;
       taken = max(taken, each ? static_cast<long long>((missing + each - 1) / each) : equal);
     }
     taken = min(taken, equal);
-    cut_key = prefix;
-    cut_index = taken == equal ? INT32_MAX : nth_position(prefix, taken);
+    cut_index = taken == equal ? INT32_MAX : nth_position(cut_key, taken);
     return reached.mass + taken * each;
   }
 
  private:
-  /// Position of the n-th (from 1) of the members whose key is `key`.
-  __device__ int32_t nth_position(uint32_t key, long long n) {
-    uint32_t prefix = 0, mask = 0;
-    Units reached{0, 0};
-    for (int pass = 0; pass < 3; ++pass) {
-      const uint32_t digits = (1u << digit_width(pass)) - 1;
-      fill([&](float score, int32_t position, auto add) {
-        const uint32_t place = static_cast<uint32_t>(position);
-        if (ordered_key(score) == key && (place & mask) == prefix) {
-          add((place >> digit_shift(pass)) & digits, 0ull);
-        }
-      });
-      descend<false>(reached, 0, n);
-      prefix |= static_cast<uint32_t>(shared_.digit) << digit_shift(pass);
-      mask |= digits << digit_shift(pass);
-      reached = shared_.reached;
-    }
-    return static_cast<int32_t>(prefix);
+  __device__ static int width(uint32_t range) { return 32 - __clz(range); }
+
+  __device__ unsigned long long weight(uint32_t key) const {
+    return static_cast<unsigned long long>(weight_in_bin(octaves_below(top_, score_of(key)), bin_) *
+                                           unit_);
   }
 
-  template <typename Visit>
-  __device__ void fill(const Visit& visit) {
-    __syncthreads();
-    for (int d = threadIdx.x; d < kDigits; d += kCollectThreads) {
-      shared_.mass[d] = 0;
-      shared_.count[d] = 0;
+  /// Fills the cache, and finds the range of the keys.
+  __device__ void gather() {
+    if (threadIdx.x == 0) {
+      shared_.least = UINT32_MAX;
+      shared_.most = 0;
     }
     __syncthreads();
+    uint32_t least = UINT32_MAX, most = 0;
     for (int i = threadIdx.x; i < count_; i += kCollectThreads) {
       const int32_t position = __ldcg(&list_[i]);
-      visit(scores_[position], position, [&](uint32_t digit, unsigned long long mass) {
-        atomicAdd(&shared_.mass[digit], mass);
-        atomicAdd(&shared_.count[digit], 1u);
-      });
+      const uint32_t key = ordered_key(scores_[position]);
+      if (i < kCached) shared_.cached[i] = {key, position};
+      least = min(least, key);
+      most = max(most, key);
+    }
+    least = __reduce_min_sync(0xffffffffu, least);
+    most = __reduce_max_sync(0xffffffffu, most);
+    if (threadIdx.x % 32 == 0) {
+      atomicMin(&shared_.least, least);
+      atomicMax(&shared_.most, most);
     }
     __syncthreads();
   }
 
-  /// Sets digit and reached to the first digit, from the largest when kDown, at which both
-  /// conditions hold; false, with reached at the end, if there is none.
+  /// Position of the n-th (from 1) of the members whose key is `key`.
+  __device__ int32_t nth_position(uint32_t key, long long n) {
+    Units reached{0, 0};
+    long long equal;
+    uint32_t found = 0;
+    descend<false>(
+        31, 0, n,
+        [&](const Member& m, uint32_t& value) {
+          value = static_cast<uint32_t>(m.position);
+          return m.key == key;
+        },
+        [](const Member&) { return 0ull; }, found, reached, equal);
+    return static_cast<int32_t>(found);
+  }
+
+  /// Radix selection over values of `bits` bits, from the largest when kDown: the first value at
+  /// which both conditions hold, what was reached before it and how many members have it. False,
+  /// with everything reached, if the conditions never hold.
+  template <bool kDown, typename Value, typename Mass>
+  __device__ bool descend(int bits, unsigned long long target, long long floor,
+                          const Value& value_of, const Mass& mass_of, uint32_t& found,
+                          Units& reached, long long& equal) {
+    for (int shift = bits; shift > 0;) {
+      const int digit_bits = min(kDigitBits, shift);
+      shift -= digit_bits;
+      const uint32_t digit_mask = (1u << digit_bits) - 1;
+      __syncthreads();
+      for (int d = threadIdx.x; d < kDigits; d += kCollectThreads) {
+        shared_.mass[d] = 0;
+        shared_.count[d] = 0;
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < count_; i += kCollectThreads) {
+        const Member m = member(i);
+        uint32_t value;
+        if (!value_of(m, value)) continue;
+        const uint32_t rest = value >> shift;
+        if (static_cast<uint64_t>(rest) >> digit_bits != found) continue;
+        atomicAdd(&shared_.mass[rest & digit_mask], mass_of(m));
+        atomicAdd(&shared_.count[rest & digit_mask], 1u);
+      }
+      __syncthreads();
+      if (!find_digit<kDown>(reached, target, floor)) {
+        reached = shared_.reached;
+        return false;
+      }
+      found = found << digit_bits | static_cast<uint32_t>(shared_.digit);
+      reached = shared_.reached;
+      equal = shared_.count[shared_.digit];
+    }
+    return true;
+  }
+
+  /// Sets digit and reached to the first digit at which both conditions hold; false, with reached
+  /// at the end, if there is none.
   template <bool kDown>
-  __device__ bool descend(const Units& before, unsigned long long target, long long floor) {
+  __device__ bool find_digit(const Units& before, unsigned long long target, long long floor) {
     Units own[kDigitsPerThread];
     Units sum{0, 0};
     const auto digit_at = [](int j) {
@@ -193,10 +246,9 @@ __device__ inline void finish(const SelectParams& p, const Workspace& w, Problem
     const unsigned long long units = finder.find(target, problem.floor_left, cut_key, cut_index);
     mass += static_cast<double>(units) / scale;
     for (int i = threadIdx.x; i < collected; i += kCollectThreads) {
-      const int32_t position = __ldcg(&list[i]);
-      const uint32_t key = ordered_key(scores[position]);
-      if (key > cut_key || (key == cut_key && position <= cut_index)) {
-        atomicAdd(&chunk_counts[position / kChunk], 1);
+      const Member m = finder.member(i);
+      if (m.key > cut_key || (m.key == cut_key && m.position <= cut_index)) {
+        atomicAdd(&chunk_counts[m.position / kChunk], 1);
       }
     }
   } else if (!p.exact && bin >= 0 && bin < kBins) {
@@ -246,17 +298,16 @@ __global__ __launch_bounds__(kCollectThreads) void collect_kernel(SelectParams p
     const int64_t i =
         static_cast<int64_t>(blockIdx.x) * kChunk + step * kCollectThreads + threadIdx.x;
     const float score = i < w.members ? scores[i] : -INFINITY;
-    if (score == -INFINITY) continue;
-    if (everything) {
-      ++own;
-      continue;
-    }
-    const int bin = bin_of(octaves_below(top, score));
-    if (bin < cut_bin || (bin == cut_bin && !p.exact)) {
-      ++own;
-    } else if (bin == cut_bin) {
-      w.list[blockIdx.y * w.members + atomicAdd(&problem.collected, 1u)] = static_cast<int32_t>(i);
-    }
+    const bool candidate = score != -INFINITY;
+    const int bin = everything || !candidate ? 0 : bin_of(octaves_below(top, score));
+    own += candidate && (everything || bin < cut_bin || (bin == cut_bin && !p.exact));
+    const bool unsure = candidate && !everything && bin == cut_bin && p.exact;
+    const uint32_t lanes = __ballot_sync(0xffffffffu, unsure);
+    if (lanes == 0) continue;
+    uint32_t place = 0;
+    if (threadIdx.x % 32 == 0) place = atomicAdd(&problem.collected, __popc(lanes));
+    place = __shfl_sync(0xffffffffu, place, 0) + __popc(lanes & ((1u << threadIdx.x % 32) - 1));
+    if (unsure) w.list[blockIdx.y * w.members + place] = static_cast<int32_t>(i);
   }
   own = __reduce_add_sync(0xffffffffu, own);
   if (threadIdx.x % 32 == 0) atomicAdd(&sure, own);
