@@ -97,6 +97,42 @@ def draw(seed: int, dtype: torch.dtype, rows: int | None = None) -> Case:
     return case
 
 
+def block_lists(case: Case) -> dict:
+    tile, block_size = case.rng.choice([16, 100, 128, 300]), case.rng.choice([1, 16, 64])
+    shape = (case.batch, len(case.retrieval_heads), -(-case.rows // tile))
+    indices, counts = case.lists(*shape, blocks=-(-case.keys // block_size))
+    return {
+        "block_indices": indices,
+        "block_counts": counts,
+        "tile": tile,
+        "block_size": block_size,
+    }
+
+
+def attention_arguments(case: Case, headwise: bool) -> tuple[tuple, dict]:
+    """Positional and keyword arguments of attention; headwise: with a split cache."""
+    keywords: dict = {"start": case.start}
+    stored = case.kv_heads
+    if headwise:
+        stored = case.full_heads
+        length = case.rows + case.rng.choice([0, 2, 70])
+        keywords["k_local"] = case.tensor(case.kv_heads - stored, length)
+        keywords["v_local"] = case.tensor(case.kv_heads - stored, length)
+        keywords["start_local"] = case.rng.choice([None, case.integers(length)])
+    if case.rng.random() < 0.4:
+        keywords |= block_lists(case)
+    positional = (
+        case.tensor(case.heads, case.rows),
+        case.tensor(stored, case.keys),
+        case.tensor(stored, case.keys),
+        case.retrieval_heads,
+        case.window,
+        case.sinks,
+        case.scale,
+    )
+    return positional, keywords
+
+
 def assert_near(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     """out and lse agree to rounding, infinities and NaN in the same places."""
     tolerance = TOLERANCE[actual[0].dtype]

@@ -9,49 +9,14 @@ from torch import Tensor
 
 from rtpurbo import ops
 from tests import reference
-from tests.ops.attention_cases import TOLERANCE, Case, assert_near, draw
-
-
-def block_lists(case: Case) -> dict:
-    tile, block_size = case.rng.choice([16, 100, 128, 300]), case.rng.choice([1, 16, 64])
-    shape = (case.batch, len(case.retrieval_heads), -(-case.rows // tile))
-    indices, counts = case.lists(*shape, blocks=-(-case.keys // block_size))
-    return {
-        "block_indices": indices,
-        "block_counts": counts,
-        "tile": tile,
-        "block_size": block_size,
-    }
-
-
-def arguments(case: Case, headwise: bool) -> tuple[tuple, dict]:
-    keywords: dict = {"start": case.start}
-    stored = case.kv_heads
-    if headwise:
-        stored = case.full_heads
-        length = case.rows + case.rng.choice([0, 2, 70])
-        keywords["k_local"] = case.tensor(case.kv_heads - stored, length)
-        keywords["v_local"] = case.tensor(case.kv_heads - stored, length)
-        keywords["start_local"] = case.rng.choice([None, case.integers(length)])
-    if case.rng.random() < 0.4:
-        keywords |= block_lists(case)
-    positional = (
-        case.tensor(case.heads, case.rows),
-        case.tensor(stored, case.keys),
-        case.tensor(stored, case.keys),
-        case.retrieval_heads,
-        case.window,
-        case.sinks,
-        case.scale,
-    )
-    return positional, keywords
+from tests.ops.attention_cases import TOLERANCE, assert_near, attention_arguments, draw
 
 
 @pytest.mark.parametrize("headwise", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("seed", range(16))
 def test_matches_reference(seed: int, dtype: torch.dtype, headwise: bool) -> None:
-    positional, keywords = arguments(draw(seed, dtype), headwise)
+    positional, keywords = attention_arguments(draw(seed, dtype), headwise)
     out, lse = ops.attention(*positional, **keywords)
     assert_near((out, lse), reference.attention(*positional, **keywords))
     assert out.transpose(1, 2).is_contiguous()
@@ -67,7 +32,7 @@ def gradients(function, positional: tuple, keywords: dict, grad_out: Tensor) -> 
 @pytest.mark.parametrize("seed", range(16))
 def test_gradients_match_reference(seed: int, dtype: torch.dtype) -> None:
     case = draw(seed, dtype)
-    positional, keywords = arguments(case, headwise=False)
+    positional, keywords = attention_arguments(case, headwise=False)
     grad_out = case.tensor(case.heads, case.rows)
     actual = gradients(ops.attention, positional, keywords, grad_out)
     exact = tuple(tensor.double() for tensor in positional[:3])

@@ -1,0 +1,40 @@
+"""The rule by which a low-precision kernel passes: at most twice the error of PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CUDA_TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value`, or a tuple or dict of values, with every tensor replaced by change(tensor)."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {name: map_tensors(item, change) for name, item in value.items()}
+    return value
+
+
+def to_cuda(tensor: Tensor) -> Tensor:
+    """On the GPU with the same strides and offset to a 16-byte boundary."""
+    offset = tensor.storage_offset()
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
+    return storage.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def assert_rounded(actual: Tensor, exact: Tensor, rounded: Tensor, atol: float) -> None:
+    """NaN and infinities in the same places; error <= 2 x that of `rounded`, plus atol."""
+    actual, rounded = actual.cpu().double(), rounded.double()
+    assert actual.isnan().equal(exact.isnan())
+    assert actual.isinf().equal(exact.isinf())
+    finite = exact.isfinite()
+    if not finite.any():
+        return
+    error = (actual - exact)[finite].abs().max().item()
+    allowed = 2 * (rounded - exact)[finite].nan_to_num().abs().max().item() + atol
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

@@ -1,0 +1,195 @@
+"""attention on CUDA against the float64 reference, which is fed the rounded inputs."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtpurbo import ops
+from tests import reference
+from tests.gpu.attention_check import CUDA_TYPES, assert_rounded, map_tensors, to_cuda
+from tests.ops.attention_cases import Case, attention_arguments, draw
+
+LSE_TOLERANCE = 1e-5
+OUT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+
+
+def check(positional: tuple, keywords: dict) -> tuple[Tensor, Tensor]:
+    """Runs the operator on CUDA and holds it against the reference; returns its results."""
+    dtype = positional[0].dtype
+    out, lse = ops.attention(*map_tensors(positional, to_cuda), **map_tensors(keywords, to_cuda))
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert out.transpose(1, 2).is_contiguous()
+    exact = reference.attention(*positional, **keywords)
+    rounded = reference.attention(*positional, **keywords, compute=dtype)
+    assert_rounded(out, exact[0], rounded[0], OUT_TOLERANCE[dtype])
+    torch.testing.assert_close(
+        lse.cpu().double(), exact[1], atol=LSE_TOLERANCE, rtol=LSE_TOLERANCE, equal_nan=True
+    )
+    return out, lse
+
+
+def draw_cuda(seed: int, dtype: torch.dtype) -> Case:
+    """A case whose head dim is mostly one that models have."""
+    case = draw(seed, dtype)
+    case.dim = case.rng.choice([8, 24, 64, 64, 72, 128, 128, 136, 256])
+    return case
+
+
+@pytest.mark.parametrize("headwise", [False, True])
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+@pytest.mark.parametrize("seed", range(60))
+def test_random_cases_match_the_reference(seed: int, dtype: torch.dtype, headwise: bool) -> None:
+    check(*attention_arguments(draw_cuda(1000 + seed, dtype), headwise))
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+@pytest.mark.parametrize("edge", [-1, 0, 1])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_lengths_and_windows_around_the_tiles(dim: int, edge: int, dtype: torch.dtype) -> None:
+    for rows, prefix, window in product([64, 128], [0, 64], [64, 128]):
+        q = torch.randn(1, 4, rows + edge, dim).to(dtype)
+        k, v = (torch.randn(1, 2, rows + edge + prefix, dim).to(dtype) for _ in range(2))
+        check((q, k, v, [1, 2], window + edge, 4, dim**-0.5), {})
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+@pytest.mark.parametrize("tile", [1, 3, 64, 65, 100, 128, 1000])
+@pytest.mark.parametrize("block_size", [1, 5, 64, 100, 5000])
+def test_block_lists_of_any_size(block_size: int, tile: int, dtype: torch.dtype) -> None:
+    rows, keys = 201, 330
+    blocks = -(-keys // block_size)
+    q = torch.randn(2, 4, rows, 64).to(dtype)
+    k, v = (torch.randn(2, 2, keys, 64).to(dtype) for _ in range(2))
+    tiles = -(-rows // tile)
+    picked = torch.rand(2, 2, tiles, blocks) < 0.4
+    counts = picked.sum(-1, dtype=torch.int32)
+    order = torch.where(picked, torch.arange(blocks), blocks).sort(-1).values
+    indices = torch.where(order < blocks, order, 1 << 30).to(torch.int32)
+    counts[:, :, ::5] = -1
+    lists = {"block_indices": indices, "block_counts": counts}
+    start = torch.tensor([0, 70])
+    sizes = {"tile": tile, "block_size": block_size}
+    check((q, k, v, [1, 2], 60, 4, 0.125), {"start": start, **lists, **sizes})
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 16, 40])
+def test_more_heads_than_a_launch_takes(group: int) -> None:
+    heads = 5 * group
+    q = torch.randn(2, heads, 70, 64).bfloat16()
+    k, v = (torch.randn(2, 5, 90, 64).bfloat16() for _ in range(2))
+    check((q, k, v, list(range(0, heads, 3)), 20, 2, 0.125), {})
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_poison_reaches_only_the_rows_that_see_it(
+    dtype: torch.dtype, dim: int, poison: float
+) -> None:
+    q, k, v = (torch.randn(1, heads, 400, dim).to(dtype) for heads in (4, 2, 2))
+    k[0, 0, 150, 7] = v[0, 1, 151, 9] = v[0, 1, 158, 2] = v[0, 0, 399, 5] = poison
+    out, lse = ops.attention(q.cuda(), k.cuda(), v.cuda(), [1, 3], 60, 4, dim**-0.5)
+    expected_out, expected_lse = ops.attention(q, k, v, [1, 3], 60, 4, dim**-0.5)
+    assert out.cpu().isnan().equal(expected_out.isnan())
+    assert out.cpu().isinf().equal(expected_out.isinf())
+    assert lse.cpu().isnan().equal(expected_lse.isnan())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        out.cpu(), expected_out, atol=tolerance, rtol=tolerance, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_unlisted_and_padded_keys_are_never_used(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, h, n, 64).to(dtype) for h, n in ((2, 256), (1, 512), (1, 512)))
+    k[:, :, 64:200] = v[:, :, 70:190] = torch.nan
+    k[:, :, :33] = v[:, :, :33] = torch.nan
+    indices = torch.tensor([0, 4, 5, 6, 7], dtype=torch.int32).expand(1, 2, 2, 5)
+    counts = torch.full((1, 2, 2), 5, dtype=torch.int32)
+    lists = {"block_indices": indices.cuda(), "block_counts": counts.cuda()}
+    start = torch.tensor([33]).cuda()
+    out, lse = ops.attention(q.cuda(), k.cuda(), v.cuda(), [0, 1], 60, 4, 0.125, start, **lists)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 2, 130, 64).to(dtype), torch.randn(2, 1, 140, 64).to(dtype)
+    start = torch.tensor([77, 500])
+    out, lse = check((q, k, k, [1], 9, 3, 0.125), {"start": start})
+    assert not out[1].any() and (lse[1] == -math.inf).all()
+    assert not out[0, :, :67].any() and (lse[0, :, :67] == -math.inf).all()
+
+
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 3, 5), (1, 0, 5), (1, 0, 0)])
+def test_empty(batch: int, rows: int, keys: int) -> None:
+    q, k = torch.randn(batch, 2, rows, 16).cuda(), torch.randn(batch, 1, keys, 16).cuda()
+    out, lse = ops.attention(q, k, k, [0], 3, 1, 0.25)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_misaligned_views_equal_aligned_ones(dtype: torch.dtype) -> None:
+    def odd(heads: int) -> Tensor:
+        return torch.randn(2, heads, 150, 64 + 5).to(dtype).cuda()[..., 3:-2]
+
+    q, k, v = odd(4), odd(2), odd(2)
+    far = ops.attention(q, k, v, [1, 2], 40, 4, 0.125)
+    packed = ops.attention(*(t.contiguous() for t in (q, k, v)), [1, 2], 40, 4, 0.125)
+    assert far[0].equal(packed[0]) and far[1].equal(packed[1])
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_twenty_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, h, 1500, 128, device="cuda").to(dtype) for h in (8, 2, 2))
+    first = ops.attention(q, k, v, [1, 6], 300, 4, 0.09)
+    for _ in range(20):
+        again = ops.attention(q, k, v, [1, 6], 300, 4, 0.09)
+        assert all(map(torch.equal, first, again))
+
+
+def test_graph_capture_replays() -> None:
+    q, k, v = (torch.randn(1, h, 300, 64, device="cuda").half() for h in (4, 2, 2))
+    start = torch.tensor([5], device="cuda")
+    call = (q, k, v, [1], 40, 4, 0.125, start)
+    ops.attention(*call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.attention(*call)
+    q.copy_(torch.randn_like(q))
+    start.fill_(50)
+    graph.replay()
+    assert all(map(torch.equal, captured, ops.attention(*call)))
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    storage = torch.empty(2**31 + 64 * 40, dtype=torch.bfloat16, device="cuda")
+    k = storage.as_strided((1, 2, 40, 64), (0, 2**31, 64, 1))
+    k.copy_(torch.randn(1, 2, 40, 64))
+    q = torch.randn(1, 2, 40, 64, device="cuda").bfloat16()
+    far = ops.attention(q, k, k, [1], 9, 4, 0.125)
+    packed = ops.attention(q, k.contiguous(), k.contiguous(), [1], 9, 4, 0.125)
+    assert all(map(torch.equal, far, packed))
+
+
+def test_what_cuda_does_not_take_is_refused() -> None:
+    q = torch.zeros(1, 2, 3, 16, device="cuda")
+    with pytest.raises(TypeError, match="q on CUDA must be float32, bfloat16 or float16"):
+        ops.attention(q.double(), q.double(), q.double(), [0], 3, 1, 0.25)
+    wide = torch.zeros(1, 2, 3, 264, device="cuda")
+    with pytest.raises(ValueError, match="head dim D of at most 256, got 264; call it on the CPU"):
+        ops.attention(wide, wide, wide, [0], 3, 1, 0.25)
+    with pytest.raises(ValueError, match="k must be on the device of q"):
+        ops.attention(q, q.cpu(), q, [0], 3, 1, 0.25)
+    with pytest.raises(ValueError, match="window must be >= 1, got 0"):
+        ops.attention(q, q, q, [0], 0, 1, 0.25)
+
+
+def test_backward_says_that_it_is_missing() -> None:
+    q = torch.randn(1, 2, 3, 16, device="cuda", requires_grad=True)
+    out, _ = ops.attention(q, q, q, [0], 3, 1, 0.25)
+    with pytest.raises(NotImplementedError, match="backward on CUDA is not available yet"):
+        out.sum().backward()
