@@ -1,6 +1,7 @@
 """The accuracy figures of the README, on the test bed or on a model of your own.
 
-    python examples/accuracy.py needles --form beyond_window --lengths 4096 8192 --prompts 40
+    python examples/accuracy.py index --form beyond_window
+    python examples/accuracy.py needles --form beyond_window --lengths 4096 8192 --device cuda
     python examples/accuracy.py distil --length 2048 --window 256 --steps 150
 
 Each writes a JSON report under --output and prints the table.
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import rtpurbo
 from rtpurbo.evaluate import evaluate
+from rtpurbo.patching import state
 from rtpurbo.testbed import fetch_smollm2, load_smollm2_32k
 
 ASSETS = Path(__file__).parent.parent / "assets" / "smollm2-135m-32k"
@@ -42,29 +46,46 @@ def found_heads(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> rt
     return heads
 
 
-def needles(arguments: argparse.Namespace) -> None:
-    """NIAH and mk8, dense and sparse, at window length/8, with a freshly trained index."""
+def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """The model with its index of this form, trained on the CPU unless --output holds it."""
     model, tokenizer = load(arguments, torch.bfloat16)
     heads = found_heads(arguments, model, tokenizer)
-    train_length = max(arguments.lengths)
+    length = arguments.train_length
     config = rtpurbo.RTPurboConfig(
-        heads=heads, window=train_length // 8, index=arguments.form, prefill=arguments.prefill
+        heads=heads, window=length // 8, index=arguments.form, prefill=arguments.prefill
     )
     rtpurbo.sparsify(model, config)
-    texts = rtpurbo.data.prose()
-    tokens = rtpurbo.data.retrieval_sequences(
-        tokenizer, texts, train_length, arguments.steps // arguments.updates + 1
-    )
-    result = rtpurbo.train_index(
-        model, tokens, steps=arguments.steps, lr=3e-3, rows=256, updates=arguments.updates,
-        progress=False,
-    )  # fmt: skip
-    print(f"index={arguments.form}: {result.metrics}", flush=True)
+    layers = state(model).index.layers
+    path = arguments.output / f"index-{arguments.form}-{length}.safetensors"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            for number, layer in layers.items():
+                for name in layer.tensors():
+                    setattr(layer, name, file.get_tensor(f"{number}.{name}"))
+            metrics = json.loads(file.metadata()["stage 1"])
+    else:
+        tokens = rtpurbo.data.retrieval_sequences(
+            tokenizer, rtpurbo.data.prose(), length, arguments.steps // arguments.updates + 1
+        )
+        metrics = rtpurbo.train_index(
+            model, tokens, steps=arguments.steps, lr=3e-3, rows=256, updates=arguments.updates,
+            progress=False,
+        ).metrics  # fmt: skip
+        tensors = {f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.tensors().items()}
+        save_file(tensors, path, {"stage 1": json.dumps(metrics)})
+    print(f"index={arguments.form}, trained at {length}: {metrics}", flush=True)
+    return model, tokenizer, metrics
+
+
+def needles(arguments: argparse.Namespace) -> None:
+    """NIAH and mk8, dense and sparse, at window length/8."""
+    model, tokenizer, metrics = sparse_model(arguments)
     report = evaluate(
-        model, tokenizer, ["niah", "mk8"], arguments.lengths, prompts=arguments.prompts,
-        window_divisor=8, progress=show, modes=arguments.modes,
+        model.to(arguments.device), tokenizer, arguments.tasks, arguments.lengths,
+        prompts=arguments.prompts, seeds=arguments.seeds, window_divisor=8, progress=show,
+        modes=arguments.modes,
     )  # fmt: skip
-    report.settings["stage 1"] = result.metrics
+    report.settings["stage 1"] = metrics
     report.save(arguments.output / f"needles-{arguments.form}-{arguments.prefill}.json")
     print(report.to_markdown(), flush=True)
 
@@ -116,15 +137,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/accuracy"))
     parser.add_argument("--gguf", type=Path, default=Path("out/smollm2"))
     commands = parser.add_subparsers(required=True)
-    first = commands.add_parser("needles")
-    first.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
-    first.add_argument("--prefill", choices=["dense", "sparse"], default="dense")
+    for name, run in (("index", sparse_model), ("needles", needles)):
+        first = commands.add_parser(name)
+        first.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
+        first.add_argument("--prefill", choices=["dense", "sparse"], default="dense")
+        first.add_argument("--train-length", type=int, default=8192)
+        first.add_argument("--steps", type=int, default=120)
+        first.add_argument("--updates", type=int, default=4)
+        first.set_defaults(run=run)
+    first.add_argument("--tasks", nargs="+", default=["niah", "mk8"])
     first.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     first.add_argument("--prompts", type=int, default=40)
-    first.add_argument("--steps", type=int, default=120)
-    first.add_argument("--updates", type=int, default=4)
+    first.add_argument("--seeds", type=int, nargs="+", default=[0])
     first.add_argument("--modes", nargs="+", default=["dense", "sparse"])
-    first.set_defaults(run=needles)
+    first.add_argument("--device", default="cpu")
     second = commands.add_parser("distil")
     second.add_argument("--length", type=int, default=2048)
     second.add_argument("--window", type=int, default=256)

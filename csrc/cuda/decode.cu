@@ -49,7 +49,7 @@ template <typename T>
 cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 grid,
                           cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (rows_aligned(p.k) && rows_aligned(p.v) && rows_aligned(p.k_local) &&
+    if (rows_aligned(p.q) && rows_aligned(p.k) && rows_aligned(p.v) && rows_aligned(p.k_local) &&
         rows_aligned(p.v_local)) {
       switch (p.dim) {
         case 64:

@@ -91,8 +91,10 @@ cudaError_t launch_select(const SelectParams& params, void* workspace, int sm_co
     const int64_t members_of_block = divide_up(w.members, blocks);
     histogram_kernel<<<dim3(static_cast<unsigned>(blocks), rows), kBinsThreads, 0, stream>>>(
         params, w, members_of_block);
+    cut_kernel<<<rows, kCutThreads, 0, stream>>>(params, w);
     collect_kernel<<<dim3(static_cast<unsigned>(w.chunks), rows), kCollectThreads, 0, stream>>>(
         params, w);
+    finish_kernel<<<rows, kFinishThreads, 0, stream>>>(params, w);
     const int64_t emit_chunks = std::max(w.chunks, divide_up(params.capacity, kChunk));
     emit_kernel<<<dim3(static_cast<unsigned>(emit_chunks), rows), kCollectThreads, 0, stream>>>(
         params, w);

@@ -51,16 +51,14 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
                set.kv_head * v_view.head_stride;
 
   char* queries = shared;
-  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * kDim; i += 32 * kMmaWarps) {
-    const int row = i / kDim, d = i % kDim;
-    T value = from_float<T>(0.0f);
-    if (row < set.heads_count) {
-      const int64_t head = p.slot_heads[set.first_slot + row];
-      value = static_cast<const T*>(p.q.ptr)[batch * p.q.batch_stride + head * p.q.head_stride + d];
-    }
-    reinterpret_cast<T*>(Tile::chunk(queries, row, d / 8))[d % 8] = value;
+  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kMmaWarps) {
+    const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
+    const bool used = row < set.heads_count;
+    const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
+    const T* q =
+        static_cast<const T*>(p.q.ptr) + batch * p.q.batch_stride + head * p.q.head_stride + c * 8;
+    ptx::cp_async_16(Tile::chunk(queries, row, c), q, used);
   }
-  __syncthreads();
 
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
   const int64_t first = range.begin + warp * kTileKeys;
@@ -98,6 +96,8 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
 
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) load(s, key_row(s));
+  ptx::cp_async_wait<Tile::kStages - 2>();
+  __syncthreads();  // the queries, which came with the first tile
   int64_t next_row = key_row(Tile::kStages - 1);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t coming = next_row;

@@ -1,7 +1,7 @@
 #pragma once
-// Stage 4: the members that are in, by ascending position, then -1.
+// Stage 6: the members that are in, by ascending position, then -1.
 
-#include "csrc/cuda/select/collect.cuh"
+#include "csrc/cuda/select/finish.cuh"
 
 namespace rtpurbo::cuda {
 

@@ -28,8 +28,7 @@ struct Problem {
   uint32_t top_key;    // ordered key of the largest score
   uint32_t poisoned;   // a NaN or +inf score or near mass
   int32_t candidates;  // members with a score above -inf
-  // histogram
-  uint32_t bins_ticket;
+  // cut
   int32_t cut_bin;     // members of lower bins are in, of this one those down to the cut
   int32_t floor_left;  // members of cut_bin that the floor still asks for
   double total;        // all mass, relative to the largest score
@@ -37,7 +36,7 @@ struct Problem {
   double target;
   // collect
   uint32_t collected;  // members of cut_bin in the list
-  uint32_t collect_ticket;
+  // finish
   uint32_t cut_key;   // members of cut_bin with a larger ordered key are in
   int32_t cut_index;  // and those with this key up to this position
   int32_t count;

@@ -58,6 +58,15 @@ struct LogSum {
   }
 };
 
+/// The lanes' sums together, in lane 0.
+__device__ __forceinline__ LogSum warp_log_sum(LogSum sum) {
+  for (int step = 16; step > 0; step /= 2) {
+    sum.add(__shfl_down_sync(0xffffffffu, sum.shift, step),
+            __shfl_down_sync(0xffffffffu, sum.sum, step));
+  }
+  return sum;
+}
+
 template <int kWidth>
 __device__ __forceinline__ float segment_max(float value) {
 #pragma unroll
@@ -168,10 +177,7 @@ __global__ __launch_bounds__(kScanThreads) void scan_kernel(SelectParams p, Work
   own.top_key = __reduce_max_sync(0xffffffffu, own.top_key);
   own.poisoned = __reduce_or_sync(0xffffffffu, own.poisoned);
   own.candidates = __reduce_add_sync(0xffffffffu, own.candidates);
-  for (int step = 16; step > 0; step /= 2) {
-    near.add(__shfl_down_sync(0xffffffffu, near.shift, step),
-             __shfl_down_sync(0xffffffffu, near.sum, step));
-  }
+  near = warp_log_sum(near);
   if (lane == 0) {
     atomicMax(&stats.top_key, own.top_key);
     atomicOr(&stats.poisoned, own.poisoned);
