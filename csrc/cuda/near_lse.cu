@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = 8;     // elements of a lane
-constexpr int kSplit = 256;   // keys of a block
+constexpr int kSplit = 64;    // keys of a block
 constexpr int kInFlight = 8;  // keys that a lane loads at a time
 
 template <typename T>

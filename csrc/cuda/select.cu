@@ -27,7 +27,7 @@ size_t lay_out(const SelectParams& p, char* base, Workspace& w, size_t& zeroed) 
   const int64_t count = problems_at_once(p);
   w.count = count;
   w.members = member_count(p);
-  w.scan_chunks = divide_up(p.keys, kChunk);
+  w.scan_chunks = divide_up(p.keys, kScanKeys);
   w.chunks = divide_up(w.members, kChunk);
   size_t offset = 0;
   const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
@@ -48,14 +48,14 @@ size_t lay_out(const SelectParams& p, char* base, Workspace& w, size_t& zeroed) 
 template <typename TK>
 void launch_scan(const SelectParams& p, const Workspace& w, dim3 grid, cudaStream_t stream) {
   const HeadsView& k = p.k_index;
-  constexpr int64_t kPerLoad = 16 / sizeof(TK);
+  constexpr int64_t kPerLoad = 8;  // alignas(16) of half a key
   const bool aligned = p.dim == 16 && reinterpret_cast<uintptr_t>(k.ptr) % 16 == 0 &&
                        k.batch_stride % kPerLoad == 0 && k.head_stride % kPerLoad == 0 &&
                        k.row_stride % kPerLoad == 0;
   if (aligned) {
-    scan_kernel<TK, 16><<<grid, kScanThreads, 0, stream>>>(p, w);
+    scan_kernel<TK, true><<<grid, kScanThreads, 0, stream>>>(p, w);
   } else {
-    scan_kernel<TK, 0><<<grid, kScanThreads, 0, stream>>>(p, w);
+    scan_kernel<TK, false><<<grid, kScanThreads, 0, stream>>>(p, w);
   }
 }
 
@@ -88,7 +88,7 @@ cudaError_t launch_select(const SelectParams& params, void* workspace, int sm_co
     const int64_t wanted_blocks = std::max<int64_t>(1, 2 * sm_count / w.count);
     const int64_t blocks =
         std::max(std::min(wanted_blocks, w.chunks), divide_up(w.members, kBinKeys));
-    const int64_t members_of_block = divide_up(w.members, blocks);
+    const int64_t members_of_block = round_up(divide_up(w.members, blocks), 4);
     histogram_kernel<<<dim3(static_cast<unsigned>(blocks), rows), kBinsThreads, 0, stream>>>(
         params, w, members_of_block);
     cut_kernel<<<rows, kCutThreads, 0, stream>>>(params, w);

@@ -17,11 +17,17 @@ __global__ __launch_bounds__(kCollectThreads) void collect_kernel(SelectParams p
   if (threadIdx.x == 0) sure = 0;
   __syncthreads();
   int own = 0;
+  constexpr int kLoads = kChunk / (4 * kCollectThreads);
+  float4 four[kLoads];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk + 4 * threadIdx.x;
 #pragma unroll
-  for (int step = 0; step < kChunk / kCollectThreads; ++step) {
-    const int64_t i =
-        static_cast<int64_t>(blockIdx.x) * kChunk + step * kCollectThreads + threadIdx.x;
-    const float score = i < w.members ? scores[i] : -INFINITY;
+  for (int j = 0; j < kLoads; ++j) {
+    four[j] = four_scores(scores, first + j * 4 * kCollectThreads, w.members);
+  }
+#pragma unroll
+  for (int j = 0; j < 4 * kLoads; ++j) {
+    const int64_t i = first + j / 4 * 4 * kCollectThreads + j % 4;
+    const float score = element(four[j / 4], j % 4);
     const bool candidate = score != -INFINITY;
     const int bin = everything || !candidate ? 0 : bin_of(octaves_below(top, score));
     own += candidate && (everything || bin < cut_bin || (bin == cut_bin && !p.exact));

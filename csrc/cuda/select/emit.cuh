@@ -18,11 +18,16 @@ __global__ __launch_bounds__(kCollectThreads) void emit_kernel(SelectParams p, W
     const float top = score_of(problem.top_key);
     const int64_t first = begin + threadIdx.x * kPerThread;
     const float* scores = w.scores + blockIdx.y * w.members;
+    float4 four[kPerThread / 4];
+#pragma unroll
+    for (int j = 0; j < kPerThread / 4; ++j) {
+      four[j] = four_scores(scores, first + 4 * j, w.members);
+    }
     bool in[kPerThread];
     int own = 0;
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) {
-      const float score = first + j < w.members ? scores[first + j] : -INFINITY;
+      const float score = element(four[j / 4], j % 4);
       in[j] = score != -INFINITY;
       if (in[j] && !everything) {
         const int bin = bin_of(octaves_below(top, score));

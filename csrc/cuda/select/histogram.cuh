@@ -23,15 +23,25 @@ __global__ __launch_bounds__(kBinsThreads) void histogram_kernel(SelectParams p,
   const float* scores = w.scores + blockIdx.y * w.members;
   const int64_t begin = blockIdx.x * members_of_block;
   const int64_t end = min(begin + members_of_block, w.members);
-  for (int64_t i = begin + threadIdx.x; i < end; i += kBinsThreads) {
-    const float score = scores[i];
-    if (score == -INFINITY) continue;
+  const auto add = [&](float score) {
+    if (score == -INFINITY) return;
     const float octaves = octaves_below(top, score);
     const int bin = bin_of(octaves);
     atomicAdd(&mass[bin],
               static_cast<uint32_t>(
                   weight_in_bin(octaves, bin) * static_cast<float>(1 << kBinFraction) + 0.5f));
     atomicAdd(&count[bin], 1u);
+  };
+  constexpr int kLoads = 2;
+  for (int64_t i = begin + 4 * threadIdx.x; i < end; i += 4 * kBinsThreads * kLoads) {
+    float4 four[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) four[j] = four_scores(scores, i + 4 * kBinsThreads * j, end);
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) add(element(four[j], e));
+    }
   }
   __syncthreads();
   for (int bin = threadIdx.x; bin < kBins; bin += kBinsThreads) {

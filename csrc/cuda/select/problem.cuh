@@ -18,9 +18,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 /// Masses in a bin are relative to the bin's upper edge, in units of 2^-17: 32 bits hold those of
 /// kBinKeys members.
 constexpr int kBinFraction = 17;
-constexpr int kBinKeys = 32767;
+constexpr int kBinKeys = 32764;
 
-constexpr int kChunk = 2048;  // members that a block scores, collects or emits
+constexpr int kScanKeys = 2048;  // keys that a block scores
+constexpr int kChunk = 4096;     // members that a block collects or emits
 
 /// What the stages find out about a problem; zeroed before the first.
 struct Problem {
@@ -57,8 +58,19 @@ struct Workspace {
   int32_t* chunk_counts;         // [count, chunks], then their prefix sums
   int64_t first, count;
   int64_t members;              // of a problem, rounded up to 4
-  int64_t scan_chunks, chunks;  // of kChunk keys, of kChunk members
+  int64_t scan_chunks, chunks;  // of kScanKeys keys, of kChunk members
 };
+
+/// The scores of four members from a multiple of four on.
+__device__ __forceinline__ float4 four_scores(const float* scores, int64_t i, int64_t members) {
+  constexpr float kNone = -INFINITY;
+  return i < members ? *reinterpret_cast<const float4*>(scores + i)
+                     : make_float4(kNone, kNone, kNone, kNone);
+}
+
+__device__ __forceinline__ float element(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
 /// Larger scores get larger keys; 0 is below every score.
 __device__ __forceinline__ uint32_t ordered_key(float score) {
