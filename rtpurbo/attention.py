@@ -3,7 +3,7 @@
 | tokens in the cache | query rows | what runs |
 |---|---|---|
 | none | any | `ops.attention` on the given k and v, then append |
-| some | one | append, then `near_lse`, `select`, `decode` |
+| some | one | append, then `near_lse`, `select` (where far keys exist), `decode` |
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
@@ -178,7 +178,8 @@ def _decode(
     cache.append(k, v, k_index, start)
     k_pages, v_pages = cache.pages()
     last = LastForward(1, cache.length, q.shape[0], start, scale, q=q)
-    if q_index is not None:
+    has_far_keys = cache.length > config.near_window + config.sinks
+    if q_index is not None and has_far_keys:
         near = _near_lse(context, q, k_pages, context.page_heads, start, scale)
         last.indices, last.counts, last.mass = ops.select(
             q_index, cache.index_keys(), context.index.index_map, config.top_p,

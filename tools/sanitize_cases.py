@@ -1,0 +1,71 @@
+"""Small, odd cases of every CUDA operator, for compute-sanitizer."""
+
+import torch
+
+from rtpurbo import ops
+
+torch.manual_seed(0)
+CUDA = torch.device("cuda")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(CUDA, dtype)
+
+
+def top_p() -> None:
+    for n in (1, 513, 2049):
+        for dtype in (torch.float32, torch.bfloat16):
+            ops.top_p(draw(3, n, dtype=dtype) * 3, 0.9, 4, torch.zeros(3, device=CUDA))
+
+
+def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> None:
+    heads, window, sinks, scale = [0, 3, 4], 40, 3, dim**-0.5
+    q, k, v = draw(2, 6, 1, dim, dtype=dtype), draw(2, 2, keys, dim, dtype=dtype), None
+    v = draw(2, 2, keys, dim, dtype=dtype)
+    start = torch.tensor([0, keys // 3], device=CUDA)
+    near = ops.near_lse(q, k, heads, [0, 1, 1], window, sinks, scale, start)
+    for near_lse in (near, None):
+        for exact in (True, False):
+            indices, counts, _ = ops.select(
+                draw(2, 3, 1, 16, dtype=torch.float16), draw(2, 3, keys, 16, dtype=torch.float16),
+                [0, 1, 2], 0.9, window, sinks, 20, block_size, near_lse=near_lse, start=start,
+                exact=exact,
+            )  # fmt: skip
+            ops.decode(
+                q, k, v, heads, window, window, sinks, scale, indices=indices, counts=counts,
+                block_size=block_size, start=start,
+            )  # fmt: skip
+
+
+def prefill(dim: int, dtype: torch.dtype) -> None:
+    q, k = draw(1, 4, 70, dim, dtype=dtype), draw(1, 2, 150, dim, dtype=dtype)
+    ops.attention(q, k, k, [1, 2], 33, 3, dim**-0.5)
+    blocks = torch.tensor([[[0, 2]]], dtype=torch.int32, device=CUDA).expand(1, 2, 1, 2)
+    counts = torch.full((1, 2, 1), 2, dtype=torch.int32, device=CUDA)
+    ops.attention(q, k, k, [1, 2], 33, 3, dim**-0.5, block_indices=blocks, block_counts=counts)
+
+
+def cache() -> None:
+    k, ring, pages = draw(2, 3, 5, 16), draw(2, 2, 12, 16), draw(2, 1, 40, 16)
+    ops.cache_append(k, k, ring, ring.clone(), pages, pages.clone(), [1], 20, 4)
+    ops.cache_append_index(k[:, :1], pages, 20)
+    ops.cache_unroll(ring, k, [0, 2], 20, 4)
+    ops.index_project(k, k, draw(2, 8, 16), draw(1, 8, 16), [0, 2], [1])
+    ops.index_project(
+        draw(1, 3, 90, 16), draw(1, 3, 90, 16), draw(2, 8, 16), draw(1, 8, 16), [0, 2], [1]
+    )
+
+
+top_p()
+cache()
+for dim, dtype in (
+    (64, torch.bfloat16),
+    (128, torch.float16),
+    (256, torch.bfloat16),
+    (24, torch.float32),
+):
+    prefill(dim, dtype)
+    decode_step(dim, dtype, 333, 1)
+decode_step(64, torch.bfloat16, 9000, 1)
+decode_step(64, torch.bfloat16, 700, 16)
+torch.cuda.synchronize()
