@@ -6,6 +6,7 @@ few hundred steps of each stage.
 
 import argparse
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rtpurbo
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of each stage")
     arguments = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     texts = rtpurbo.data.prose()
 

@@ -39,11 +39,11 @@ def network(sparse=False, **settings):
     return model
 
 
-def saved(folder, sparse=False, **settings):
+def saved(folder, sparse=False, dtype=torch.float32, **settings):
     """A folder with the model and its tokenizer."""
     from rtpurbo import save_pretrained
 
-    model = network(sparse, **settings)
+    model = network(sparse, **settings).to(dtype)
     if sparse:
         save_pretrained(model, folder, byte_tokenizer())
     else:

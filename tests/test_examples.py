@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from tests.front import saved
@@ -16,7 +17,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("model"))
+    """Weights in bfloat16, as most models are published; training takes float32."""
+    return saved(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
 
 
 def test_quickstart(model, tmp_path):
