@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -19,6 +20,7 @@ from rtpurbo.checkpoint import MANIFEST
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.report import human_bytes
+from rtpurbo.evaluate.run import check_sizes
 
 app = typer.Typer(
     help="Turn a full-attention Hugging Face model into a sparse one, and run it.",
@@ -27,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
+_NO_MAP_YET = rtpurbo.HeadMap.from_roles([[True]])
 
 
 class DType(StrEnum):
@@ -87,12 +90,13 @@ def detect(
     seed: SeedOption = 0,
 ) -> None:
     """Find the retrieval heads of a model and write the head map."""
+    given = _read(texts)
     network, tokenizer = _load_dense(model, dtype)
     with progress_bar(console, "documents") as tick:
         heads = rtpurbo.detect_heads(
             network,
             tokenizer,
-            documents=_read(texts),
+            documents=given,
             length=length,
             num_documents=documents,
             needle_length=needle_length,
@@ -152,18 +156,8 @@ def adapt(
     seed: SeedOption = 0,
 ) -> None:
     """Make a model sparse, train its index, distil it, and save it."""
-    network, tokenizer = _load_dense(model, dtype)
-    documents = _read(texts) or rtpurbo.data.prose()
-    if heads is not None:
-        head_map = rtpurbo.HeadMap.load(heads)
-    else:
-        with progress_bar(console, "detecting heads") as tick:
-            head_map = rtpurbo.detect_heads(
-                network, tokenizer, documents=documents, share=share, seed=seed,
-                length=min(length, 8192), progress=tick,
-            )  # fmt: skip
     config = rtpurbo.RTPurboConfig(
-        heads=head_map,
+        heads=rtpurbo.HeadMap.load(heads) if heads is not None else _NO_MAP_YET,
         window=window,
         sinks=sinks,
         index_dim=index_dim,
@@ -175,6 +169,15 @@ def adapt(
         prefill=prefill.value,
         share_index_keys=share_index_keys,
     )
+    documents = _read(texts) or rtpurbo.data.prose()
+    network, tokenizer = _load_dense(model, dtype)
+    if heads is None:
+        with progress_bar(console, "detecting heads") as tick:
+            found = rtpurbo.detect_heads(
+                network, tokenizer, documents=documents, share=share, seed=seed,
+                length=min(length, 8192), progress=tick,
+            )  # fmt: skip
+        config = replace(config, heads=found)
     rtpurbo.sparsify(network, config)
     precision: Any = "bf16" if bf16 else "no"
     if index_steps:
@@ -237,20 +240,25 @@ def eval_command(
     dtype: DTypeOption = DType.float32,
 ) -> None:
     """Score a model on needles and text, dense and sparse side by side."""
+    what: dict[str, Any] = {
+        "tasks": task or ("niah", "mk8", "kl", "nll"),
+        "lengths": length or (4096, 8192),
+        "prompts": prompts,
+        "seeds": seed or (0,),
+        "texts_per_seed": texts_per_seed,
+        "rows": rows,
+        "window": window,
+        "window_divisor": window_divisor,
+    }
+    check_sizes(**what)
+    documents = _read(texts)
     network, tokenizer = _load(model, dtype)
     with progress_bar(console, "evaluating") as tick:
         report = rtpurbo.evaluate(
             network,
             tokenizer,
-            task or ("niah", "mk8", "kl", "nll"),
-            length or (4096, 8192),
-            prompts=prompts,
-            seeds=seed or (0,),
-            documents=_read(texts),
-            texts_per_seed=texts_per_seed,
-            rows=rows,
-            window=window,
-            window_divisor=window_divisor,
+            **what,
+            documents=documents,
             modes=[entry.value for entry in mode] if mode else None,
             reference=_load_dense(reference, dtype)[0] if reference else None,
             progress=lambda label, done, total: tick(done, total, label),
@@ -270,7 +278,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Run full attention.")] = False,
     dtype: DTypeOption = DType.float32,
@@ -281,6 +289,8 @@ def generate(
 
     text = _prompt(prompt, file)
     network, tokenizer = _load(model, dtype)
+    if chat and not tokenizer.chat_template:
+        _fail(f"--chat needs a chat template, and the tokenizer of {model} has none; leave it out")
     if dense and rtpurbo.is_sparse(network):
         rtpurbo.restore(network)
     if chat:
@@ -372,8 +382,8 @@ def _describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _fail(message: str) -> None:
-    Console(stderr=True).print(f"[red]rtpurbo:[/red] {message}", highlight=False)
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"rtpurbo: {message}", err=True)
     raise typer.Exit(2)
 
 
@@ -381,8 +391,12 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         _fail("give either a PROMPT or --file")
     if file is not None:
-        return file.read_text(encoding="utf-8")
-    return sys.stdin.read() if prompt == "-" else str(prompt)
+        text = file.read_text(encoding="utf-8")
+    else:
+        text = sys.stdin.read() if prompt == "-" else str(prompt)
+    if not text:
+        _fail("the prompt is empty; give at least a character to continue")
+    return text
 
 
 def _load(model: str, dtype: DType) -> tuple[Any, Any]:

@@ -205,3 +205,46 @@ def test_without_typer_the_message_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit, match=r"rtpurbo\[demo\]"):
         cli.main()
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """What the program says on stderr about a command that it refuses."""
+    from rtpurbo import cli
+
+    monkeypatch.setattr(sys, "argv", ["rtpurbo", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["detect", "DENSE/nosuch"], "nosuch"),
+    (["detect", "nosuch", "--texts", "missing.txt"], "missing.txt"),
+    (["adapt", "nosuch", "-o", "out", "--window", 0], "window must be an int >= 1, got 0"),
+    (["adapt", "nosuch", "-o", "out", "--heads", "missing.json"], "missing.json"),
+    (["eval", "nosuch", "--task", "foo"], "tasks must be among"),
+    (["eval", "DENSE", "--mode", "sparse", "--length", 300, "--rows", 2], "needs a sparse model"),
+    (["generate", "nosuch", ""], "the prompt is empty"),
+    (["generate", "DENSE", "hello", "--chat"], "--chat needs a chat template"),
+])  # fmt: skip
+def test_what_is_refused_is_one_line(dense, monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(argument).replace("DENSE", str(dense)) for argument in arguments]
+    capsys.readouterr()
+    said = refused(monkeypatch, capsys, *arguments).splitlines()[-1:]
+    assert len(said) == 1 and said[0].startswith("rtpurbo") and message in said[0]
+
+
+def test_a_negative_temperature_is_refused(monkeypatch, capsys):
+    assert "--temperature" in refused(monkeypatch, capsys, "generate", "m", "x",
+                                      "--temperature", -1)  # fmt: skip
+
+
+def test_a_traceback_is_there_for_who_asks(monkeypatch):
+    from rtpurbo import cli
+
+    monkeypatch.setenv("RTPURBO_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["rtpurbo", "eval", "m", "--task", "foo"])
+    with pytest.raises(ValueError, match="tasks must be among"):
+        cli.main()

@@ -68,7 +68,7 @@ def evaluate(
             dense model.
     """
     modes = _modes(model, modes)
-    _check(tasks, lengths, prompts, seeds, texts_per_seed, rows, window, window_divisor)
+    check_sizes(tasks, lengths, prompts, seeds, texts_per_seed, rows, window, window_divisor)
     haystack = prose(split="held_out") if documents is None else list(documents)
     kinds = [task for task in tasks if _needles(task)]
     kinds += [t for t, names in (("", _DECODED), ("prefill_", _PREFILLED)) if {*tasks} & {*names}]
@@ -232,7 +232,7 @@ def _modes(model: Any, modes: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(modes))
 
 
-def _check(
+def check_sizes(
     tasks: Sequence[str],
     lengths: Sequence[int],
     prompts: int,
@@ -242,6 +242,7 @@ def _check(
     window: int | None,
     window_divisor: int | None,
 ) -> None:
+    """Refuses arguments of `evaluate` that no model could make right."""
     texts_known = _DECODED + _PREFILLED
     unknown = [task for task in tasks if not _needles(task) and task not in texts_known]
     if isinstance(tasks, str) or unknown or not tasks:
