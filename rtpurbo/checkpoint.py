@@ -39,7 +39,8 @@ _KNOWN_KEYS = {"format", "version", "base_model", "config", "index", "files"}
 def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None:
     """Writes a sparse model: weights, tokenizer, configuration, head map and index.
 
-    The folder appears whole or not at all; one that `save_pretrained` wrote before is replaced.
+    The folder appears whole or not at all; one that `save_pretrained` wrote before is replaced,
+    unless other files have come into it since.
 
     Args:
         model: a sparse model. A PEFT adapter must be merged first.
@@ -48,18 +49,15 @@ def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None
 
     Raises:
         ValueError: the model is not sparse, or carries an unmerged adapter.
-        FileExistsError: path holds something else than such a folder.
+        FileExistsError: path is taken (see `check_destination`).
     """
-    found, target = state(model), Path(path)
+    found, target = state(model), Path(path).resolve()
     if model is not families.unwrap(model):
         raise ValueError(
             "rtpurbo.save_pretrained: model carries a PEFT adapter; pass the result of "
             "model.merge_and_unload()"
         )
-    if target.exists() and not _replaceable(target):
-        raise FileExistsError(
-            f"rtpurbo.save_pretrained: {target} exists and holds other files; choose a new path"
-        )
+    check_destination(target)
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +76,33 @@ def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None
         _swap(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_destination(path: str | Path) -> None:
+    """Checks that `save_pretrained` can write there, e.g. before a long training.
+
+    A path is free where nothing is, or an empty folder, or one that holds what `save_pretrained`
+    wrote and nothing else.
+
+    Raises:
+        FileExistsError: path is taken.
+    """
+    target = Path(path)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(
+            f"rtpurbo.save_pretrained: {target} must be a folder or new, but is a file; choose a "
+            "new path"
+        )
+    found = {entry.relative_to(target).as_posix() for entry in target.rglob("*")}
+    others = sorted(found - _written(target))
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise FileExistsError(
+            f"rtpurbo.save_pretrained: {target} holds files that would be deleted with it "
+            f"({shown}); choose a new path, or move them away"
+        )
 
 
 def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
@@ -121,8 +146,13 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder) if saved else None
 
 
-def _replaceable(target: Path) -> bool:
-    return target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+def _written(folder: Path) -> set[str]:
+    """What `save_pretrained` wrote there, by the manifest: files, and the folders they lie in."""
+    try:
+        names = [MANIFEST, *read_json(folder / MANIFEST)["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {place.as_posix() for name in names for place in (Path(name), *Path(name).parents[:-1])}
 
 
 def _tokenizer_of(model: Any) -> Any:
@@ -157,7 +187,8 @@ def _write_manifest(folder: Path, found: Any) -> None:
 
 
 def _swap(scratch: Path, target: Path) -> None:
-    """Puts the new folder in place of the old one."""
+    """Puts the new folder in place of the old one, if nothing came into that meanwhile."""
+    check_destination(target)
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     if target.exists():
         os.rename(target, old)

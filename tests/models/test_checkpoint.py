@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rtpurbo
+from rtpurbo.checkpoint import check_destination
 from rtpurbo.patching import state
 from tests.models.tiny import FAMILIES, config, in_pieces, tiny, tokens, whole
 from tests.tokenizers import byte_tokenizer
@@ -62,6 +63,41 @@ def test_saving_again_replaces_and_other_folders_are_safe(saved, tmp_path):
         with pytest.raises(FileExistsError, match="choose a new path"):
             rtpurbo.save_pretrained(model, path, tokenizer)
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "runs/log.txt", "empty/"])
+def test_a_folder_with_files_of_the_user_is_not_replaced(saved, name):
+    model, tokenizer = rtpurbo.from_pretrained(saved)
+    mine = saved / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.mkdir() if name.endswith("/") else mine.write_text("mine")
+    for check in (check_destination, lambda path: rtpurbo.save_pretrained(model, path, tokenizer)):
+        with pytest.raises(FileExistsError, match=name.partition("/")[0]):
+            check(saved)
+    assert mine.exists()
+
+
+def test_destinations_that_are_free(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (saved, tmp_path / "empty", tmp_path / "new"):
+        check_destination(path)
+    (saved / "rtpurbo.json").write_text("{")
+    with pytest.raises(FileExistsError, match=r"would be deleted with it \(config\.json"):
+        check_destination(saved)
+
+
+def test_files_that_come_while_saving_are_kept(saved, monkeypatch):
+    model, tokenizer = rtpurbo.from_pretrained(saved)
+    save = rtpurbo.checkpoint.save_file
+
+    def meanwhile(*arguments):
+        (saved / "notes.txt").write_text("mine")
+        save(*arguments)
+
+    monkeypatch.setattr("rtpurbo.checkpoint.save_file", meanwhile)
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        rtpurbo.save_pretrained(model, saved, tokenizer)
+    assert (saved / "notes.txt").read_text() == "mine"
 
 
 def test_an_interrupted_save_leaves_the_old_folder(saved, tmp_path, monkeypatch):
