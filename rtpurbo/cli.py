@@ -3,7 +3,7 @@
 import os
 import sys
 
-_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError)
+_USER_ERRORS = (ValueError, TypeError, OSError, NotImplementedError, ImportError)
 
 
 def main() -> None:

@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 import rtpurbo
-from rtpurbo.checkpoint import MANIFEST
+from rtpurbo.checkpoint import MANIFEST, check_destination
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.report import human_bytes
 from rtpurbo.evaluate.run import check_sizes
+from rtpurbo.outputs import check_file, check_folder
+from rtpurbo.plots import check_picture
 
 app = typer.Typer(
     help="Turn a full-attention Hugging Face model into a sparse one, and run it.",
@@ -90,6 +92,9 @@ def detect(
     seed: SeedOption = 0,
 ) -> None:
     """Find the retrieval heads of a model and write the head map."""
+    _check_files(output, rtp_llm, picture=plot)
+    if duo_attention is not None:
+        check_folder(duo_attention)
     given = _read(texts)
     network, tokenizer = _load_dense(model, dtype)
     with progress_bar(console, "documents") as tick:
@@ -169,6 +174,10 @@ def adapt(
         prefill=prefill.value,
         share_index_keys=share_index_keys,
     )
+    check_destination(output)
+    for folder in (output.absolute().parent, work):
+        if folder is not None:
+            check_folder(folder)
     documents = _read(texts) or rtpurbo.data.prose()
     network, tokenizer = _load_dense(model, dtype)
     if heads is None:
@@ -251,6 +260,7 @@ def eval_command(
         "window_divisor": window_divisor,
     }
     check_sizes(**what)
+    _check_files(output, markdown, picture=plot)
     documents = _read(texts)
     network, tokenizer = _load(model, dtype)
     with progress_bar(console, "evaluating") as tick:
@@ -322,6 +332,7 @@ def bench(
     root = Path(rtpurbo.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "__main__.py").is_file():
         _fail("the benchmarks come with a source checkout; clone the repository and `make bench`")
+    _check_files(output)
     command = [sys.executable, "-m", "benchmarks", *(names or []), "--repeats", str(repeats)]
     if output is not None:
         command += ["--output", str(output.resolve())]
@@ -416,6 +427,14 @@ def _load_dense(model: str, dtype: DType) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         console.print("Whole models run on the CPU for now; the GPU is not used.")
     return network.eval(), AutoTokenizer.from_pretrained(model)
+
+
+def _check_files(*files: Path | None, picture: Path | None = None) -> None:
+    for path in (*files, picture):
+        if path is not None:
+            check_file(path)
+    if picture is not None:
+        check_picture(picture)
 
 
 def _read(texts: list[Path] | None) -> list[str] | None:

@@ -17,11 +17,13 @@ from rich.table import Table
 
 import rtpurbo
 from rtpurbo.adapt import TrainResult
+from rtpurbo.checkpoint import check_destination
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate import EvalReport, evaluate
 from rtpurbo.evaluate.report import human_bytes
 from rtpurbo.files import write_json, write_text
+from rtpurbo.outputs import check_folder
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "smollm2-135m-32k"
 _QUESTION = "In two sentences: why does a long text make a language model slow?"
@@ -109,7 +111,8 @@ def run(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
+    check_destination(folder / "model")
     steps = _Steps(console)
 
     with steps("Load the model"):

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 _DPI = 150
 
 
+def check_picture(path: str | Path) -> None:
+    """Refuses a path that no picture can be drawn to, before what it shows is computed."""
+    figure, _ = _figure((1.0, 1.0))
+    kinds = sorted(figure.canvas.get_supported_filetypes())
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    if suffix not in kinds:
+        raise ValueError(
+            f"rtpurbo.plots: path must end in one of {', '.join(kinds)}, got {str(path)!r}"
+        )
+
+
 def plot_heads(heads: HeadMap, path: str | Path | None = None) -> Any:
     """Heat map of the retrieval scores, layers down and query heads across, roles outlined.
 

@@ -236,6 +236,33 @@ def test_what_is_refused_is_one_line(dense, monkeypatch, capsys, tmp_path, argum
     assert len(said) == 1 and said[0].startswith("rtpurbo") and message in said[0]
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["detect", "nosuch", "-o", "FILE/heads.json"], "FILE must be a folder"),
+    (["detect", "nosuch", "-o", "FOLDER"], "FOLDER must be a file"),
+    (["detect", "nosuch", "--plot", "heads.xyz"], "path must end in one of"),
+    (["detect", "nosuch", "--duo-attention", "FILE"], "FILE must be a folder"),
+    (["adapt", "nosuch", "-o", "FOLDER"], "FOLDER holds"),
+    (["adapt", "nosuch", "-o", "FILE/out"], "FILE must be a folder"),
+    (["adapt", "nosuch", "-o", "out", "--work", "FILE"], "FILE must be a folder"),
+    (["eval", "nosuch", "-o", "FOLDER"], "FOLDER must be a file"),
+    (["eval", "nosuch", "--plot", "r.xyz"], "path must end in one of"),
+    (["demo", "--model", "nosuch", "-o", "FILE"], "FILE must be a folder"),
+])  # fmt: skip
+def test_a_bad_output_is_known_before_the_model(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("mine")
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER" / "mine.txt").write_text("mine")
+    assert message in refused(monkeypatch, capsys, *arguments)
+
+
+def test_folders_of_outputs_are_made(dense, texts, tmp_path):
+    out = tmp_path / "new" / "heads.json"
+    run("detect", dense, "-o", out, "--length", 200, "--documents", 1, "--needle-length", 8,
+        "--texts", texts)  # fmt: skip
+    assert out.is_file()
+
+
 def test_a_negative_temperature_is_refused(monkeypatch, capsys):
     assert "--temperature" in refused(monkeypatch, capsys, "generate", "m", "x",
                                       "--temperature", -1)  # fmt: skip
