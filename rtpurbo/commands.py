@@ -273,7 +273,10 @@ def eval_command(
             reference=_load_dense(reference, dtype)[0] if reference else None,
             progress=lambda label, done, total: tick(done, total, label),
         )
-    console.print(report.table())
+    if console.is_terminal:
+        console.print(report.table(console.width))
+    else:
+        typer.echo(report.to_markdown())
     if output is not None:
         report.save(output)
     if markdown is not None:

@@ -122,7 +122,7 @@ def test_eval_writes_the_report(sparse, dense, texts, tmp_path):
     assert report.settings["window_divisor"] == 8 and report.settings["reference"] == "given"
     assert (tmp_path / "report.md").read_text() == report.to_markdown() + "\n"
     assert (tmp_path / "report.png").stat().st_size > 1000
-    assert "Evaluation" in printed
+    assert report.to_markdown() in printed
 
 
 def test_eval_of_one_mode_with_a_window(sparse, texts, tmp_path):

@@ -1,9 +1,11 @@
 """evaluate: right scores, honest budgets, and a model that is left as it was."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 import rtpurbo
 from rtpurbo.data import needle_prompts
@@ -164,6 +166,23 @@ def test_the_table_has_every_row(report):
     assert len({line.count("|") for line in lines}) == 1
     assert len(report.table().rows) == len(report.rows)
     assert str(report) == report.to_markdown()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_fits_the_terminal_with_every_cell_whole(width):
+    row = EvalRow("prefill_nll", 131072, "sparse", 12.3456, 20, [0.5], 16384, 12345.0, 0.094,
+                  10**9, 10**8, 10**10, 1234.0)  # fmt: skip
+    share = EvalRow(
+        "mk8", 131072, "dense", 0.95, 20, [0.95], None, 131072.0, 1.0, 10**10, 0, 10**10
+    )
+    report = EvalReport([row, share])
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report.table(console.width))
+    printed = console.export_text()
+    assert all(len(line) <= width for line in printed.splitlines())
+    for cell in ("prefill_nll", "131,072", "16,384", "12.3456", "0.76–0.99", "0.094", "0.110"):
+        assert cell in printed
+    assert ("1,234" in printed or "1234" in printed) == (width > 80)
 
 
 def test_wilson_interval():

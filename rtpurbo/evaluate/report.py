@@ -75,6 +75,8 @@ _HEADINGS = (
     "task", "length", "mode", "window", "score", "95 %", "samples",
     "attended", "of dense", "cache", "of dense", "s",
 )  # fmt: skip
+_NARROW = (0, 1, 2, 3, 4, 5, 8, 10)
+_SHORT = {8: "attended", 10: "cache"}
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,29 @@ class EvalReport:
         """A Markdown table."""
         return markdown(_HEADINGS, self.cells())
 
-    def table(self) -> Any:
-        """A rich table (needs the extra `demo`)."""
+    def table(self, width: int | None = None) -> Any:
+        """A rich table (needs the extra `demo`).
+
+        Args:
+            width: columns of the terminal; where they do not hold everything, attended keys and
+                cache are there as shares of dense only, and samples and seconds are left out.
+        """
+        from rich import box
         from rich.table import Table
 
+        headings, cells = list(_HEADINGS), self.cells()
         table = Table(title="Evaluation")
-        for heading in _HEADINGS:
-            table.add_column(heading, justify="left" if heading in ("task", "mode") else "right")
-        for cells in self.cells():
-            table.add_row(*cells)
+        if width is not None and _width(headings, cells) > width:
+            caption = "attended keys and cache bytes are shares of dense"
+            look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+            table = Table(title="Evaluation", caption=caption, **look)
+            headings = [_SHORT.get(i, headings[i]) for i in _NARROW]
+            cells = [[row[i] for i in _NARROW] for row in cells]
+        for heading in headings:
+            left = heading in ("task", "mode")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        for row in cells:
+            table.add_row(*row)
         return table
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -176,6 +192,12 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def _width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns that a rich table with these cells takes."""
+    columns = zip(headings, *rows, strict=True)
+    return 1 + sum(3 + max(map(len, column)) for column in columns)
 
 
 def _cells(row: EvalRow) -> list[str]:
