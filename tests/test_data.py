@@ -3,6 +3,7 @@
 import pytest
 
 from rtpurbo import data
+from rtpurbo.data import sources
 from tests.tokenizers import byte_tokenizer
 
 
@@ -31,8 +32,8 @@ def test_prose_repeats_no_docstring(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text(f'"""{long}"""\ndef f():\n    "{long}"\n')
     (tmp_path / "b.py").write_text(f'"""{long}"""\nclass B:\n    """{"Another. " * 80}"""\n')
     (tmp_path / "broken.py").write_text("def (")
-    monkeypatch.setattr(data, "_root", lambda source: tmp_path)
-    documents = dict(data._documents.__wrapped__("torch"))
+    monkeypatch.setattr(sources, "_root", lambda source: tmp_path)
+    documents = dict(sources._documents.__wrapped__("torch"))
     assert list(documents) == ["torch:a.py", "torch:b.py"]
     assert documents["torch:a.py"].strip() == long.strip()
     assert documents["torch:b.py"].startswith("Another.")
