@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rtpurbo import families, ops
+from rtpurbo.data.stream import check_texts
 from rtpurbo.heads import HeadMap
 from rtpurbo.patching import is_sparse
 
@@ -72,6 +73,9 @@ def detect_heads(
         )
     if not 0 <= share <= 1:
         raise ValueError(f"rtpurbo.detect_heads: share must be in [0, 1], got {share}")
+    if documents is not None:
+        documents = check_texts(documents, "rtpurbo.detect_heads: documents")
+    families.warn_beyond_context(model, length, "rtpurbo.detect_heads: length")
     source = _Haystacks(tokenizer, documents, random.Random(seed), needle_length)
     haystacks = source.take(num_documents, length)
     half, halves = length // 2, (num_documents + 1) // 2
@@ -137,7 +141,7 @@ class _Haystacks:
 
             documents: Sequence[str] = prose()
         else:
-            documents = list(self.documents)
+            documents = self.documents
         order = list(documents)
         self.rng.shuffle(order)
         tokens: list[int] = []

@@ -6,6 +6,7 @@ transformers after RoPE, and its q and k before RoPE must be the output of one s
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,17 @@ def decoder(model: Any) -> Any:
 def attention_layers(model: Any) -> list[Any]:
     """The self-attention modules in order."""
     return [layer.self_attn for layer in decoder(model).layers]
+
+
+def warn_beyond_context(model: Any, length: int, what: str) -> None:
+    """Warns that `length` tokens, called `what`, are more than the model was made for."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        warnings.warn(
+            f"{what} is {length} tokens, beyond this model's context of {context} "
+            "(config.max_position_embeddings); what it does there is not what it was trained for",
+            stacklevel=3,
+        )
 
 
 _SIGNATURE_BITS = 128

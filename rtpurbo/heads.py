@@ -78,8 +78,8 @@ class HeadMap:
     def from_roles(
         cls, roles: Any, *, model_id: str | None = None, kv_heads: int | None = None
     ) -> HeadMap:
-        """A map made by hand: roles [layers, query heads], true for retrieval heads."""
-        marked = torch.as_tensor(roles).bool()
+        """A map made by hand: roles [layers, query heads], bool or 0 and 1 (retrieves)."""
+        marked = _roles(roles)
         return cls(marked.float(), marked, marked.float().mean().item(), {}, model_id, kv_heads)
 
     def __eq__(self, other: object) -> bool:
@@ -129,7 +129,7 @@ class HeadMap:
             raise ValueError(f"rtpurbo.HeadMap: the keys {sorted(missing)} are missing")
         return cls(
             torch.tensor(data["scores"], dtype=torch.float32),
-            torch.tensor(data["roles"]).bool(),
+            _roles(data["roles"]),
             float(data["share"]),
             data.get("stability") or {},
             data.get("model_id"),
@@ -172,6 +172,12 @@ class HeadMap:
         rows = {int(key): value for key, value in config.items() if str(key).isdigit()}
         if not rows:
             raise ValueError("rtpurbo.HeadMap: headwise_config holds no layer")
+        for key, row in rows.items():
+            if not isinstance(row, list) or not all(value in (0, 1) for value in row):
+                raise ValueError(
+                    f"rtpurbo.HeadMap: headwise_config[{str(key)!r}] must be a list of 0 and 1, "
+                    f"got {row!r}"
+                )
         widths = {len(row) for row in rows.values()}
         count = max(rows) + 1 if layers is None else layers
         if len(widths) != 1 or max(rows) >= count:
@@ -231,3 +237,14 @@ class HeadMap:
         gates = torch.tensor(rows).clamp(0, 1).repeat_interleave(group, dim=1)
         roles = gates >= threshold
         return cls(gates, roles, roles.float().mean().item(), {}, model_id, len(rows[0]))
+
+
+def _roles(roles: Any) -> Tensor:
+    """Roles as bool; ValueError for anything but bool, or ints that are 0 or 1."""
+    given = torch.as_tensor(roles)
+    if given.is_floating_point() or not ((given == 0) | (given == 1)).all():
+        raise ValueError(
+            f"rtpurbo.HeadMap: roles must be bool, or ints that are 0 or 1, got {given.dtype} in "
+            f"[{given.min().item():g}, {given.max().item():g}]; make them with scores >= threshold"
+        )
+    return given.bool()

@@ -110,8 +110,25 @@ def test_generators_refuse_lengths_without_room(tokenizer, texts):
         data.retrieval_sequences(tokenizer, texts, 1024, 1, statements=20)
     with pytest.raises(ValueError, match="non-empty list"):
         data.retrieval_sequences(tokenizer, "a text", 1024, 1)
+    with pytest.raises(ValueError, match="one string"):
+        data.excerpts(tokenizer, "a text", 100, 1)
+    with pytest.raises(ValueError, match="at least one token, got none"):
+        data.excerpts(tokenizer, [""], 100, 1)
+    with pytest.raises(ValueError, match=r"span_length in \[1, 126\]"):
+        data.retrieval_sequences(tokenizer, texts, 256, 1, statements=0, span_length=127)
+    with pytest.raises(ValueError, match=r"statements must be in \[0, 2450\]"):
+        data.retrieval_sequences(tokenizer, texts, 4096, 1, statements=4000)
+    with pytest.raises(ValueError, match=r"needles must be in \[1, 2450\]"):
+        data.needle_prompts(tokenizer, texts, 4096, needles=4000)
     with pytest.raises(ValueError, match="depth"):
         data.needle_prompts(tokenizer, texts, 1000, depth=1.5)
+
+
+def test_a_span_may_be_as_long_as_half_of_the_sequence(tokenizer, texts):
+    (sequence,) = data.retrieval_sequences(
+        tokenizer, texts, 256, 1, statements=0, spans=1, span_length=126
+    )
+    assert len(sequence) == 256
 
 
 def test_repeated_rows_are_those_that_can_copy():

@@ -90,6 +90,18 @@ def test_headwise_config_of_rtp_llm(heads):
         heads.to_headwise_config(window=3)
 
 
+@pytest.mark.parametrize("row", [[2, -1], [0.5, 1], 1, "10"])
+def test_headwise_rows_are_zeros_and_ones(row):
+    with pytest.raises(ValueError, match=r"headwise_config\['0'\] must be a list of 0 and 1"):
+        HeadMap.from_headwise_config({"0": row})
+
+
+@pytest.mark.parametrize("roles", [torch.rand(2, 6), torch.ones(2, 4), [[2, 0]], [[-1, 1]]])
+def test_roles_are_not_guessed_from_numbers(roles):
+    with pytest.raises(ValueError, match="roles must be bool, or ints that are 0 or 1"):
+        HeadMap.from_roles(roles)
+
+
 def test_duo_attention(heads, tmp_path):
     heads.to_duo_attention(tmp_path, sink_size=8, recent_size=64)
     text = (tmp_path / "full_attention_heads.tsv").read_text()

@@ -155,8 +155,11 @@ class IndexTask:
 
     def check(self, samples: Samples) -> None:
         """Raises ValueError where a sequence has wrong ids or nothing outside the window."""
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        for i, length in enumerate(samples.lengths(vocabulary)):
+        lengths = samples.lengths(self._model.get_input_embeddings().num_embeddings)
+        families.warn_beyond_context(
+            self._model, max(lengths), "rtpurbo.train_index: the longest of the tokens"
+        )
+        for i, length in enumerate(lengths):
             if length <= self._near + 1:
                 raise ValueError(
                     f"rtpurbo.train_index: tokens[{i}] has {length} tokens, all within the window "

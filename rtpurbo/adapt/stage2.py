@@ -183,6 +183,7 @@ def fingerprint(model: Any) -> str:
 def _check(model: Any, config: Any, data: Samples, lora: Any) -> None:
     near = config.window + config.sinks
     longest = max(data.lengths(model.get_input_embeddings().num_embeddings))
+    families.warn_beyond_context(model, longest, "rtpurbo.distill: the longest of the samples")
     if longest <= near:
         raise ValueError(
             f"rtpurbo.distill: the longest of the samples has {longest} tokens and the window and "

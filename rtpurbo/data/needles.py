@@ -57,10 +57,10 @@ def needle_prompts(
         depth: in [0, 1], or several.
     """
     depths = [depth] if isinstance(depth, (int, float)) else list(depth)
-    if needles < 1 or not depths or any(not 0 <= d <= 1 for d in depths):
+    if not 1 <= needles <= words.KEYS or not depths or any(not 0 <= d <= 1 for d in depths):
         raise ValueError(
-            "rtpurbo.data.needle_prompts: needles must be >= 1 and depth in [0, 1], "
-            f"got needles={needles}, depth={depth}"
+            f"rtpurbo.data.needle_prompts: needles must be in [1, {words.KEYS}] and depth in "
+            f"[0, 1], got needles={needles}, depth={depth}"
         )
     stream = Stream(tokenizer, texts)
     return [

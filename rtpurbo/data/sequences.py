@@ -62,6 +62,18 @@ def retrieval_sequences(
         raise ValueError(f"rtpurbo.data.retrieval_sequences: length must be >= 256, got {length}")
     statements = min(48, length // 128) if statements is None else statements
     spans = min(8, max(1, length // 1024)) if spans is None else spans
+    if not 0 <= statements <= words.KEYS:
+        raise ValueError(
+            f"rtpurbo.data.retrieval_sequences: statements must be in [0, {words.KEYS}], the keys "
+            f"that there are, got {statements}"
+        )
+    longest = length // 2 - 2
+    if spans < 0 or (spans and not 1 <= span_length <= longest):
+        raise ValueError(
+            "rtpurbo.data.retrieval_sequences: spans must be >= 0 and span_length in "
+            f"[1, {longest}], so that a span stands twice in {length} tokens, got {spans} and "
+            f"{span_length}"
+        )
     stream = Stream(tokenizer, texts)
     rng = random.Random(f"retrieval {seed}")
     return [

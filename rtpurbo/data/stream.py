@@ -5,15 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def check_texts(texts: Any, what: str) -> list[str]:
+    """The texts as a list; ValueError that begins with `what` if they are none."""
+    found = texts if isinstance(texts, str) else list(texts)
+    if isinstance(found, str) or not found or not all(isinstance(text, str) for text in found):
+        got = "one string" if isinstance(found, str) else f"{found!r:.80}"
+        raise ValueError(f"{what} must be a non-empty list of strings, got {got}")
+    return found
+
+
 class Stream:
     """The tokens of all texts on end, from which excerpts are cut."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]):
-        if isinstance(texts, str) or not texts:
-            raise ValueError("rtpurbo.data: texts must be a non-empty list of strings")
+        texts = check_texts(texts, "rtpurbo.data: texts")
         self._tokenizer = tokenizer
-        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         self._tokens = [token for document in encoded for token in document]
+        if not self._tokens:
+            raise ValueError("rtpurbo.data: texts must hold at least one token, got none")
         bos = tokenizer.bos_token_id
         self.prefix = [] if bos is None else [bos]
 

@@ -22,9 +22,13 @@ _THINGS = _words(
 )
 
 
+KEYS = len(_QUALITIES) * len(_THINGS)
+"""How many different keys there are."""
+
+
 def keys(rng: random.Random, count: int) -> list[str]:
     """`count` different pairs of words."""
-    pairs = rng.sample(range(len(_QUALITIES) * len(_THINGS)), count)
+    pairs = rng.sample(range(KEYS), count)
     return [f"{_QUALITIES[p % len(_QUALITIES)]}-{_THINGS[p // len(_QUALITIES)]}" for p in pairs]
 
 

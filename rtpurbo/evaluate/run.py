@@ -11,6 +11,7 @@ import torch
 
 from rtpurbo import families, patching
 from rtpurbo.data import excerpts, needle_prompts, prose
+from rtpurbo.data.stream import check_texts
 from rtpurbo.environment import environment
 from rtpurbo.evaluate import needles, texts
 from rtpurbo.evaluate.modes import Footprint, mode
@@ -69,7 +70,13 @@ def evaluate(
     """
     modes = _modes(model, modes)
     check_sizes(tasks, lengths, prompts, seeds, texts_per_seed, rows, window, window_divisor)
-    haystack = prose(split="held_out") if documents is None else list(documents)
+    if documents is None:
+        haystack = prose(split="held_out")
+    else:
+        haystack = check_texts(documents, "rtpurbo.evaluate: documents")
+    families.warn_beyond_context(
+        families.unwrap(model), max(lengths), "rtpurbo.evaluate: the greatest of the lengths"
+    )
     kinds = [task for task in tasks if _needles(task)]
     kinds += [t for t, names in (("", _DECODED), ("prefill_", _PREFILLED)) if {*tasks} & {*names}]
     counts = sum(prompts if _needles(kind) else texts_per_seed for kind in kinds)
@@ -223,8 +230,8 @@ def _modes(model: Any, modes: Sequence[str] | None) -> list[str]:
     sparse = patching.is_sparse(model)
     if modes is None:
         return [*_MODES] if sparse else ["dense"]
-    if not modes or not set(modes) <= set(_MODES):
-        raise ValueError(f"rtpurbo.evaluate: modes must be among {_MODES}, got {list(modes)}")
+    if isinstance(modes, str) or not modes or not set(modes) <= set(_MODES):
+        raise ValueError(f"rtpurbo.evaluate: modes must be among {_MODES}, got {modes!r}")
     if "sparse" in modes and not sparse:
         raise ValueError(
             "rtpurbo.evaluate: mode 'sparse' needs a sparse model; call rtpurbo.sparsify first"
@@ -243,6 +250,12 @@ def check_sizes(
     window_divisor: int | None,
 ) -> None:
     """Refuses arguments of `evaluate` that no model could make right."""
+    for name, values in (("lengths", lengths), ("seeds", seeds)):
+        if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
+            raise ValueError(
+                f"rtpurbo.evaluate: {name} must be a list of ints, got {values!r}"
+                + (f"; write [{values}]" if type(values) is int else "")
+            )
     texts_known = _DECODED + _PREFILLED
     unknown = [task for task in tasks if not _needles(task) and task not in texts_known]
     if isinstance(tasks, str) or unknown or not tasks:

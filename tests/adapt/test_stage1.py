@@ -209,3 +209,10 @@ def test_bad_arguments_are_named_and_nothing_changes(arguments, message):
 def test_a_dense_model_is_refused():
     with pytest.raises(ValueError, match="not sparse"):
         train(tiny.model(sparse=False))
+
+
+def test_sequences_beyond_the_context_warn():
+    model = tiny.model()
+    model.config.max_position_embeddings = 128
+    with pytest.warns(UserWarning, match="is 320 tokens, beyond this model's context of 128"):
+        train(model, steps=1)

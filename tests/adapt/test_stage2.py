@@ -229,3 +229,10 @@ def test_autocast_runs_and_stays_close():
 def test_half_precision_weights_are_refused_without_lora():
     with pytest.raises(TypeError, match="round away updates"):
         run(tiny.model().bfloat16())
+
+
+def test_samples_beyond_the_context_warn():
+    model = tiny.model()
+    model.config.max_position_embeddings = 128
+    with pytest.warns(UserWarning, match="is 320 tokens, beyond this model's context of 128"):
+        distill(model, tiny.sequences(2), steps=1, batch_size=1, progress=False)

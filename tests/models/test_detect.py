@@ -76,10 +76,20 @@ def test_agreement_of_known_maps():
 @pytest.mark.parametrize("options, message", [
     ({"length": 20}, "length at least 36"), ({"share": 1.5}, "share must be"),
     ({"num_documents": 0}, "must be >= 1"), ({"documents": ["short"]}, "must hold 480 tokens"),
+    ({"documents": "a string " * 400}, "non-empty list of strings, got one string"),
+    ({"documents": [1]}, "non-empty list of strings"),
 ])  # fmt: skip
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         detect(tiny(vocab_size=258), **options)
+
+
+def test_a_length_beyond_the_context_warns():
+    model = tiny(vocab_size=258, max_position_embeddings=128)
+    with pytest.warns(
+        UserWarning, match="length is 160 tokens, beyond this model's context of 128"
+    ):
+        detect(model)
 
 
 def test_a_sparse_model_is_refused():
