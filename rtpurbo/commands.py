@@ -21,6 +21,7 @@ from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.report import human_bytes
 from rtpurbo.evaluate.run import check_sizes
+from rtpurbo.heads import check_choice
 from rtpurbo.outputs import check_file, check_folder
 from rtpurbo.plots import check_picture
 
@@ -81,7 +82,12 @@ def detect(
     length: Annotated[int, typer.Option(help="Tokens of a document.")] = 8192,
     documents: Annotated[int, typer.Option(help="Number of documents.")] = 8,
     needle_length: Annotated[int, typer.Option(help="Tokens of the needle.")] = 32,
-    share: Annotated[float, typer.Option(help="Share of the heads that retrieve.")] = 0.15,
+    share: Annotated[
+        float | None, typer.Option(help="Share of the heads that retrieve [default: 0.15].")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Instead: the least score of a head that retrieves.")
+    ] = None,
     texts: TextsOption = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the map there.")] = None,
     rtp_llm: Annotated[Path | None, typer.Option(help="Also write rtp-llm's config.")] = None,
@@ -92,6 +98,7 @@ def detect(
     seed: SeedOption = 0,
 ) -> None:
     """Find the retrieval heads of a model and write the head map."""
+    check_choice("rtpurbo detect", share, threshold)
     _check_files(output, rtp_llm, picture=plot)
     if duo_attention is not None:
         check_folder(duo_attention)
@@ -106,6 +113,7 @@ def detect(
             num_documents=documents,
             needle_length=needle_length,
             share=share,
+            threshold=threshold,
             seed=seed,
             progress=tick,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rtpurbo import families, ops
 from rtpurbo.data.stream import check_texts
-from rtpurbo.heads import HeadMap
+from rtpurbo.heads import HeadMap, check_choice
 from rtpurbo.patching import is_sparse
 
 _IMPLEMENTATION = "rtpurbo_detect"
@@ -32,7 +33,8 @@ def detect_heads(
     length: int = 8192,
     num_documents: int = 8,
     needle_length: int = 32,
-    share: float = 0.15,
+    share: float | None = None,
+    threshold: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> HeadMap:
@@ -50,7 +52,8 @@ def detect_heads(
         length: tokens of a sequence, both needles included.
         num_documents: sequences, each with its own text and needle.
         needle_length: tokens of the needle.
-        share: share of all query heads that become retrieval heads.
+        share: share of all query heads that become retrieval heads; default 0.15.
+        threshold: instead of a share: heads with at least this score become retrieval heads.
         seed: chooses texts and needles.
         progress: called with (sequences done, sequences in all).
 
@@ -71,8 +74,7 @@ def detect_heads(
             "rtpurbo.detect_heads: needle_length and num_documents must be >= 1 and length at "
             f"least {4 * needle_length + 4}, got {needle_length}, {num_documents} and {length}"
         )
-    if not 0 <= share <= 1:
-        raise ValueError(f"rtpurbo.detect_heads: share must be in [0, 1], got {share}")
+    check_choice("rtpurbo.detect_heads", share, threshold)
     if documents is not None:
         documents = check_texts(documents, "rtpurbo.detect_heads: documents")
     families.warn_beyond_context(model, length, "rtpurbo.detect_heads: length")
@@ -90,8 +92,15 @@ def detect_heads(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    kept = round(share * scores[length][0].numel())
     means = {size: torch.stack(found).mean(0) for size, found in scores.items()}
+    heads = HeadMap.from_scores(
+        means[length],
+        share,
+        threshold=threshold,
+        model_id=families.identity(model),
+        kv_heads=families.geometry(model).kv_heads,
+    )
+    kept = int(heads.roles.sum())
     stability = {
         "documents": _agreement(scores[length], kept),
         "lengths": _agreement(list(means.values()), kept),
@@ -99,13 +108,7 @@ def detect_heads(
         "length": length,
         "half_length": half,
     }
-    return HeadMap.from_scores(
-        means[length],
-        share,
-        stability=stability,
-        model_id=families.identity(model),
-        kv_heads=families.geometry(model).kv_heads,
-    )
+    return replace(heads, stability=stability)
 
 
 class _Haystacks:

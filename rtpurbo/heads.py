@@ -12,6 +12,7 @@ from torch import Tensor
 from rtpurbo.files import check_format, read_json, write_json, write_text
 
 FORMAT_VERSION = 1
+DEFAULT_SHARE = 0.15
 _KNOWN_KEYS = {
     "format", "version", "model_id", "kv_heads", "share", "scores", "roles", "stability",
 }  # fmt: skip
@@ -60,19 +61,31 @@ class HeadMap:
     def from_scores(
         cls,
         scores: Tensor,
-        share: float = 0.15,
+        share: float | None = None,
         *,
+        threshold: float | None = None,
         stability: dict[str, Any] | None = None,
         model_id: str | None = None,
         kv_heads: int | None = None,
     ) -> HeadMap:
-        """All layers ranked together; the top `share` are retrieval heads, ties to lower layers."""
-        if not 0 <= share <= 1:
-            raise ValueError(f"rtpurbo.HeadMap: share must be in [0, 1], got {share}")
-        order = scores.flatten().argsort(descending=True, stable=True)
-        roles = torch.zeros(scores.numel(), dtype=torch.bool)
-        roles[order[: round(share * scores.numel())].cpu()] = True
-        return cls(scores, roles.view(scores.shape), share, stability or {}, model_id, kv_heads)
+        """Retrieval heads by their scores, all layers ranked together.
+
+        Args:
+            scores: [layers, query heads].
+            share: the top `share` of all heads retrieve, ties to lower layers; default 0.15.
+            threshold: instead of a share: every head with at least this score retrieves.
+        """
+        check_choice("rtpurbo.HeadMap", share, threshold)
+        if threshold is not None:
+            roles = scores >= threshold
+            share = roles.float().mean().item()
+        else:
+            share = DEFAULT_SHARE if share is None else share
+            order = scores.flatten().argsort(descending=True, stable=True)
+            roles = torch.zeros(scores.numel(), dtype=torch.bool)
+            roles[order[: round(share * scores.numel())].cpu()] = True
+            roles = roles.view(scores.shape)
+        return cls(scores, roles, share, stability or {}, model_id, kv_heads)
 
     @classmethod
     def from_roles(
@@ -237,6 +250,17 @@ class HeadMap:
         gates = torch.tensor(rows).clamp(0, 1).repeat_interleave(group, dim=1)
         roles = gates >= threshold
         return cls(gates, roles, roles.float().mean().item(), {}, model_id, len(rows[0]))
+
+
+def check_choice(who: str, share: float | None, threshold: float | None) -> None:
+    """ValueError unless at most one of the two is given, and lies in [0, 1]."""
+    if share is not None and threshold is not None:
+        raise ValueError(
+            f"{who}: give share or threshold, not both, got share={share}, threshold={threshold}"
+        )
+    for name, value in (("share", share), ("threshold", threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{who}: {name} must be in [0, 1], got {value}")
 
 
 def _roles(roles: Any) -> Tensor:

@@ -64,6 +64,15 @@ def test_detect_writes_every_format(dense, texts, tmp_path):
     assert (tmp_path / "duo" / "full_attention_heads.tsv").is_file()
 
 
+def test_detect_by_threshold(dense, texts, tmp_path):
+    command = ["detect", dense, "--length", 200, "--documents", 1, "--needle-length", 8,
+               "--texts", texts]  # fmt: skip
+    run(*command, "-o", tmp_path / "all.json", "--threshold", 0)
+    assert rtpurbo.HeadMap.load(tmp_path / "all.json").roles.all()
+    run(*command, "-o", tmp_path / "none.json", "--threshold", 1)
+    assert not rtpurbo.HeadMap.load(tmp_path / "none.json").roles.any()
+
+
 def test_adapt_passes_every_setting_on(dense, texts, tmp_path):
     rtpurbo.HeadMap.from_roles(ROLES, kv_heads=2).save(tmp_path / "heads.json")
     run(
@@ -225,6 +234,7 @@ def refused(monkeypatch, capsys, *arguments):
     (["adapt", "nosuch", "-o", "out", "--heads", "missing.json"], "missing.json"),
     (["eval", "nosuch", "--task", "foo"], "tasks must be among"),
     (["eval", "DENSE", "--mode", "sparse", "--length", 300, "--rows", 2], "needs a sparse model"),
+    (["detect", "nosuch", "--share", 0.1, "--threshold", 0.5], "not both"),
     (["generate", "nosuch", ""], "the prompt is empty"),
     (["generate", "DENSE", "hello", "--chat"], "--chat needs a chat template"),
 ])  # fmt: skip

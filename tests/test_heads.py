@@ -36,6 +36,23 @@ def test_share(share, count):
     assert count or heads.threshold == float("inf")
 
 
+@pytest.mark.parametrize("threshold, count", [(0, 8), (0.5, 4), (0.51, 2), (1, 0)])
+def test_threshold(threshold, count):
+    heads = HeadMap.from_scores(SCORES, threshold=threshold)
+    assert torch.equal(heads.roles, threshold <= SCORES)
+    assert int(heads.roles.sum()) == count and heads.share == count / 8
+
+
+def test_share_or_threshold():
+    assert HeadMap.from_scores(SCORES) == HeadMap.from_scores(SCORES, 0.15)
+    with pytest.raises(ValueError, match="share or threshold, not both"):
+        HeadMap.from_scores(SCORES, 0.15, threshold=0.5)
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 2"):
+        HeadMap.from_scores(SCORES, threshold=2)
+    with pytest.raises(ValueError, match="share must be"):
+        HeadMap.from_scores(SCORES, share=-0.1)
+
+
 def test_json_round_trip(heads, tmp_path):
     path = tmp_path / "heads.json"
     heads.save(path)

@@ -61,6 +61,16 @@ def test_stability_and_identity():
     rtpurbo.sparsify(model, rtpurbo.RTPurboConfig(heads=heads))
 
 
+def test_a_threshold_in_place_of_a_share():
+    model = tiny(vocab_size=258)
+    ranked = detect(model)
+    least = ranked.scores.flatten().sort(descending=True).values[4].item()
+    heads = detect(model, share=None, threshold=least)
+    assert torch.equal(heads.scores, ranked.scores)
+    assert torch.equal(heads.roles, ranked.scores >= least) and int(heads.roles.sum()) == 5
+    assert heads.stability["documents"]["pairs"] == 3
+
+
 def test_agreement_of_known_maps():
     from rtpurbo.detect import _agreement
 
@@ -75,6 +85,7 @@ def test_agreement_of_known_maps():
 
 @pytest.mark.parametrize("options, message", [
     ({"length": 20}, "length at least 36"), ({"share": 1.5}, "share must be"),
+    ({"threshold": 0.5}, "share or threshold, not both"),
     ({"num_documents": 0}, "must be >= 1"), ({"documents": ["short"]}, "must hold 480 tokens"),
     ({"documents": "a string " * 400}, "non-empty list of strings, got one string"),
     ({"documents": [1]}, "non-empty list of strings"),
