@@ -1,7 +1,14 @@
 """The model families: where a model keeps its attention layers and its pre-RoPE q and k.
 
-A new family is one entry of `FAMILIES`: its attention must call the attention interface of
-transformers after RoPE, and its q and k before RoPE must be the output of one submodule each.
+A new family is one entry of `FAMILIES` if
+
+- its layers are `base_model.layers`, each with `self_attn`, which calls the attention interface of
+  transformers after RoPE;
+- q and k before RoPE are the output of one submodule each, [B, M, H·D] from a projection or
+  [B, M, H, D] from a norm over D that stands behind it. A fused q, k, v projection has no such
+  output and is refused;
+- what the projections read is an RMS norm of the hidden states times its `weight`; the index is
+  initialised from the three.
 """
 
 from __future__ import annotations
@@ -16,14 +23,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the submodules of an attention layer whose outputs are q and k before RoPE.
+    """Names of the submodules from which q and k before RoPE come.
 
-    `q_norm` and `k_norm` where the family normalises q and k per head, the projections elsewhere.
+    Attributes:
+        q_projection, k_projection: of an attention layer, linear.
+        q_norm, k_norm: of an attention layer, where the family normalises q and k per head.
+        input_norm: of a decoder layer, what the projections read.
     """
 
     model_type: str
-    q_source: str = "q_proj"
-    k_source: str = "k_proj"
+    q_projection: str = "q_proj"
+    k_projection: str = "k_proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    input_norm: str = "input_layernorm"
+
+    @property
+    def q_source(self) -> str:
+        """The submodule whose output is q before RoPE."""
+        return self.q_norm or self.q_projection
+
+    @property
+    def k_source(self) -> str:
+        """The submodule whose output is k before RoPE."""
+        return self.k_norm or self.k_projection
 
 
 FAMILIES = {
@@ -32,8 +55,8 @@ FAMILIES = {
         Family("llama"),
         Family("mistral"),
         Family("qwen2"),
-        Family("qwen3", q_source="q_norm", k_source="k_norm"),
-        Family("qwen3_moe", q_source="q_norm", k_source="k_norm"),
+        Family("qwen3", q_norm="q_norm", k_norm="k_norm"),
+        Family("qwen3_moe", q_norm="q_norm", k_norm="k_norm"),
     )
 }
 
@@ -62,7 +85,8 @@ def family(model: Any) -> Family:
     """The adapter of a model.
 
     Raises:
-        ValueError: the family is not supported, or the model's own sliding window is active.
+        ValueError: the family is not supported, the model's own sliding window is active, or its
+            layers lack a submodule that the family names.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -77,7 +101,22 @@ def family(model: Any) -> Family:
             f"{config.sliding_window} tokens, which would fight with rtpurbo's own; load it with "
             "config.sliding_window = None if it was trained for full attention"
         )
-    return FAMILIES[model_type]
+    found = FAMILIES[model_type]
+    for layer in decoder(model).layers:
+        _check_names(found, layer)
+    return found
+
+
+def _check_names(names: Family, layer: Any) -> None:
+    attention = (names.q_projection, names.k_projection, names.q_norm, names.k_norm)
+    for module, wanted in ((layer, (names.input_norm,)), (layer.self_attn, attention)):
+        missing = [name for name in wanted if name is not None and not hasattr(module, name)]
+        if missing:
+            raise ValueError(
+                f"rtpurbo: {type(module).__name__} of family {names.model_type} must have the "
+                f"submodules {missing}, got {[name for name, _ in module.named_children()]}; name "
+                "them in rtpurbo/families.py. A fused q, k, v projection is not supported"
+            )
 
 
 def _slides(config: Any) -> bool:

@@ -61,14 +61,16 @@ class Index:
 
         A start for training; `min_tokens` and the window carry an untrained index meanwhile.
         """
-        sizes = families.geometry(model)
+        sizes, names = families.geometry(model), families.family(model)
         layers = {}
         for number, module in enumerate(families.attention_layers(model)):
             heads = config.heads.retrieval_heads(number)
             if heads:
-                norm = families.decoder(model).layers[number].input_layernorm.weight
-                cov_q = _covariance(module, "q", norm, sizes.query_heads)
-                cov_k = _covariance(module, "k", norm, sizes.kv_heads)
+                norm = getattr(families.decoder(model).layers[number], names.input_norm).weight
+                cov_q = _covariance(
+                    module, names.q_projection, names.q_norm, norm, sizes.query_heads
+                )
+                cov_k = _covariance(module, names.k_projection, names.k_norm, norm, sizes.kv_heads)
                 layers[number] = from_covariance(heads, cov_q, cov_k, config)
         return cls(layers)
 
@@ -122,16 +124,18 @@ def _roots(cov: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
-def _covariance(module: Any, side: str, norm: Tensor, heads: int) -> Tensor:
+def _covariance(
+    module: Any, projection_name: str, norm_name: str | None, norm: Tensor, heads: int
+) -> Tensor:
     """Second moments [heads, D, D] of q or k before RoPE for white hidden states."""
-    projection = getattr(module, f"{side}_proj")
+    projection = getattr(module, projection_name)
     weight = projection.weight.float().view(heads, -1, norm.numel()) * norm.float()
     cov = weight @ weight.transpose(-1, -2)
     if projection.bias is not None:
         bias = projection.bias.float().view(heads, -1)
         cov = cov + bias[:, :, None] * bias[:, None]
-    head_norm = getattr(module, f"{side}_norm", None)
-    if head_norm is not None:
+    if norm_name is not None:
+        head_norm = getattr(module, norm_name)
         dim = cov.shape[-1]
         trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
         gain = head_norm.weight.float()

@@ -113,6 +113,50 @@ def test_restore_is_exact(family):
         assert all(not getattr(module, hook) for hook in hooks), name
 
 
+def test_another_family_is_one_entry(monkeypatch):
+    from rtpurbo import families
+
+    monkeypatch.setitem(families.FAMILIES, "arcee", families.Family("arcee"))
+    model, ids = tiny("Arcee"), tokens(90, 2)
+    dense = whole(model, ids)
+    with rtpurbo.sparse(model, config()):
+        close(in_pieces(model, ids, [60, 28, 1, 1]), dense)
+
+
+def test_the_index_starts_from_the_submodules_that_the_family_names(monkeypatch):
+    from rtpurbo import families
+    from rtpurbo.index import Index
+
+    expected = Index.from_weights(tiny("Qwen3", seed=2), config())
+    model, other = tiny("Qwen3"), tiny("Qwen3", seed=2)
+    names = {"q_projection": "q_proj", "k_projection": "k_proj"}
+    norms = {"q_norm": "q_norm", "k_norm": "k_norm"}
+    for layer, source in zip(model.model.layers, other.model.layers, strict=True):
+        layer.first_norm = source.input_layernorm
+        for name in (names | norms).values():
+            layer.self_attn.add_module(f"my_{name}", getattr(source.self_attn, name))
+    mine = {key: f"my_{name}" for key, name in (names | norms).items()}
+    entry = families.Family("qwen3", **mine, input_norm="first_norm")
+    monkeypatch.setitem(families.FAMILIES, "qwen3", entry)
+    found = Index.from_weights(model, config())
+    for number, layer in expected.layers.items():
+        for name, tensor in layer.tensors().items():
+            assert torch.equal(found.layers[number].tensors()[name], tensor), (number, name)
+
+
+def test_a_fused_projection_is_refused(monkeypatch):
+    from rtpurbo import families
+
+    monkeypatch.setitem(families.FAMILIES, "phi3", families.Family("phi3"))
+    model = tiny("Llama")
+    model.config.model_type = "phi3"
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj = layer.self_attn.q_proj
+        del layer.self_attn.q_proj, layer.self_attn.k_proj
+    with pytest.raises(ValueError, match=r"\['q_proj', 'k_proj'\], got .*qkv_proj.*fused"):
+        rtpurbo.sparsify(model, config())
+
+
 @pytest.mark.parametrize("pieces", [[120], [70, 50], [50, 1, 1, 30, 1, 37], [5] + [1] * 115])
 @pytest.mark.parametrize("window, sinks", [(8, 2), (1, 0), (16, 100)])
 def test_local_heads_forget(family, pieces, window, sinks):
