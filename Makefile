@@ -5,6 +5,8 @@ TRANSFORMERS ?= transformers==5.17.*
 VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := build/newest-transformers
+# The stamp names what was asked for, so that another TORCH or TRANSFORMERS is installed.
+INSTALLED := $(VENV)/.installed-$(shell printf '%s+%s' '$(TORCH)' '$(TRANSFORMERS)' | tr -c 'A-Za-z0-9.+' '-')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -32,19 +34,20 @@ format: $(VENV)/.built
 	clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # Debian packages are installed only when what they bring is missing.
-$(VENV)/.installed: pyproject.toml
+$(INSTALLED): pyproject.toml
 	@PYTHON=$(PYTHON) sh tools/debian_packages.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" "$(TRANSFORMERS)" "setuptools>=77" wheel
+	$(BIN)/pip install -q --upgrade "$(TORCH)" "$(TRANSFORMERS)" "setuptools>=77" wheel
 	$(BIN)/pip install -q "cmake>=3.26" ninja "pybind11>=2.13"
+	rm -f $(VENV)/.installed-*
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(shell find csrc cmake tests/cpp -type f)
+$(VENV)/.built: $(INSTALLED) setup.py CMakeLists.txt $(shell find csrc cmake tests/cpp -type f)
 	RTPURBO_TESTS=1 $(BIN)/pip install -q --no-build-isolation -e ".[demo,train,plots,notebooks,dev]"
 	touch $@
 
 # The model families are tested on the floor of transformers and on its newest release.
-$(NEWEST)/.installed: $(VENV)/.installed
+$(NEWEST)/.installed: $(INSTALLED)
 	$(BIN)/pip install -q --upgrade --target $(NEWEST) transformers
 	touch $@
 

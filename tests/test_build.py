@@ -1,5 +1,7 @@
 """What is built: build info, the Catch2 tests and a C++ program that links the package."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,45 @@ def test_catch2():
     if not binaries:
         pytest.skip("built without RTPURBO_TESTS=1 (make test builds with it)")
     assert "All tests passed" in run(binaries[-1])
+
+
+STUB = """#!/bin/sh
+echo "$(basename "$0") $* RTPURBO_TESTS=$RTPURBO_TESTS" >> "$(dirname "$0")/../log"
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make on a copy whose environment only writes down what is asked of it."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "cmake", "tests/cpp", "tools", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    log = tmp_path / ".venv" / "log"
+    for name in ("pip", "python", "rtpurbo", "ruff", "mypy"):
+        stub = tmp_path / ".venv" / "bin" / name
+        stub.write_text(STUB)
+        stub.chmod(0o755)
+    (tmp_path / "tools" / "debian_packages.sh").write_text(f'echo "packages $*" >> {log}\n')
+
+    def call(*arguments):
+        log.write_text("")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RTPURBO")}
+        done = subprocess.run(
+            ["make", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return log.read_text()
+
+    return call
+
+
+def test_make_installs_what_torch_and_transformers_say(make):
+    assert "--upgrade torch==2.11.* transformers==5.17.*" in make("demo")
+    assert "pip" not in make("demo")
+    newest = make("demo", "TORCH=torch")
+    assert "--upgrade torch transformers==5.17.*" in newest and " -e ." in newest
+    assert "pip" not in make("demo", "TORCH=torch")
+    assert "--upgrade torch==2.11.* transformers==5.17.*" in make("demo")
+    assert "transformers==5.18.*" in make("demo", "TRANSFORMERS=transformers==5.18.*")
