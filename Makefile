@@ -15,20 +15,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.built
 	$(BIN)/rtpurbo demo $(if $(FAST),--fast) $(if $(MODEL),--model $(MODEL)) $(if $(OUT),--output $(OUT))
 
-test: $(VENV)/.built $(NEWEST)/.installed
+test: $(VENV)/.test-ready $(NEWEST)/.installed
 	$(BIN)/python -m pytest
 	PYTHONPATH=$(CURDIR)/$(NEWEST) $(BIN)/python -m pytest -m families
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks
 
-lint: $(VENV)/.built
+lint: $(VENV)/.lint-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-format: $(VENV)/.built
+format: $(VENV)/.lint-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
@@ -42,8 +42,19 @@ $(INSTALLED): pyproject.toml
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-$(VENV)/.built: $(INSTALLED) setup.py CMakeLists.txt $(shell find csrc cmake tests/cpp -type f)
+$(VENV)/.built: $(INSTALLED) setup.py CMakeLists.txt $(shell find csrc cmake -type f)
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+# The same build folder, so that only what the tests need comes on top.
+$(VENV)/.test-ready: $(VENV)/.built $(shell find tests/cpp -type f)
+	@PYTHON=$(PYTHON) sh tools/debian_packages.sh catch2
 	RTPURBO_TESTS=1 $(BIN)/pip install -q --no-build-isolation -e ".[demo,train,plots,notebooks,dev]"
+	touch $@
+
+$(VENV)/.lint-ready: $(VENV)/.built
+	@PYTHON=$(PYTHON) sh tools/debian_packages.sh clang-format
+	$(BIN)/pip install -q ruff mypy
 	touch $@
 
 # The model families are tested on the floor of transformers and on its newest release.

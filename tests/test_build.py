@@ -59,10 +59,10 @@ def make(tmp_path):
     """Runs make on a copy whose environment only writes down what is asked of it."""
     for name in ("Makefile", "pyproject.toml", "setup.py", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "cmake", "tests/cpp", "tools", ".venv/bin"):
+    for name in ("csrc", "cmake", "tests/cpp", "tools", ".venv/bin", "build/newest-transformers"):
         (tmp_path / name).mkdir(parents=True)
     log = tmp_path / ".venv" / "log"
-    for name in ("pip", "python", "rtpurbo", "ruff", "mypy"):
+    for name in ("pip", "python", "rtpurbo", "ruff", "mypy", "clang-format"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.write_text(STUB)
         stub.chmod(0o755)
@@ -89,3 +89,38 @@ def test_make_installs_what_torch_and_transformers_say(make):
     assert "pip" not in make("demo", "TORCH=torch")
     assert "--upgrade torch==2.11.* transformers==5.17.*" in make("demo")
     assert "transformers==5.18.*" in make("demo", "TRANSFORMERS=transformers==5.18.*")
+
+
+def test_make_demo_needs_no_tools_of_tests_and_lint(make):
+    demo = make("demo")
+    assert "-e .[demo] RTPURBO_TESTS=\n" in demo and "rtpurbo demo" in demo
+    assert "packages \n" in demo and "catch2" not in demo and "clang-format" not in demo
+    test = make("test")
+    assert "packages catch2\n" in test and "dev] RTPURBO_TESTS=1\n" in test
+    assert "--upgrade torch" not in test and "-e .[demo]" not in test and "clang" not in test
+    assert test.count(" -m pytest") == 2
+    lint = make("format")
+    assert "packages clang-format\n" in lint and "-e ." not in lint
+    for again in ("demo", "test", "format"):
+        assert "pip" not in make(again)
+
+
+def test_debian_packages_asks_only_for_what_is_missing(tmp_path):
+    script = ROOT / "tools" / "debian_packages.sh"
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("g++", "id", "python3"):
+        (commands / name).write_text("#!/bin/sh\necho 1000\n")
+        (commands / name).chmod(0o755)
+    environment = {"PATH": str(commands), "PYTHON": "python3"}
+
+    def ask(*packages):
+        return subprocess.run(
+            ["/bin/sh", script, *packages], env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+
+    assert ask().returncode == 0
+    refused = ask("clang-format")
+    assert refused.returncode == 1 and "As root: apt-get install clang-format" in refused.stderr
+    assert ask("nothing").returncode == 2
