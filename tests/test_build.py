@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,26 @@ def test_debian_packages_asks_only_for_what_is_missing(tmp_path):
     refused = ask("clang-format")
     assert refused.returncode == 1 and "As root: apt-get install clang-format" in refused.stderr
     assert ask("nothing").returncode == 2
+
+
+def test_the_sdist_holds_what_make_needs(tmp_path):
+    skipped = shutil.ignore_patterns(
+        ".*", "__pycache__", "build", "dist", "out", "*.so*", "*.egg-info", "include", "share"
+    )
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=skipped)
+    shutil.copy(ROOT / ".clang-format", tmp_path / "tree")
+    wanted = {
+        file.relative_to(tmp_path / "tree").as_posix()
+        for file in (tmp_path / "tree").rglob("*")
+        if file.is_file()
+    }
+    run(
+        sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path,
+        tmp_path / "tree",
+    )  # fmt: skip
+    (archive,) = tmp_path.glob("rtpurbo-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    assert not wanted - held
+    assert {"Makefile", "tools/debian_packages.sh", "tests/cpp/CMakeLists.txt"} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
