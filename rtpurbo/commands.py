@@ -143,7 +143,9 @@ def adapt(
     top_p: Annotated[float, typer.Option(help="Mass that a selection reaches.")] = 0.9,
     min_tokens: Annotated[int, typer.Option(help="Floor of a selection.")] = 64,
     recent: Annotated[int, typer.Option(help="Recent keys that index=full always takes.")] = 64,
-    block_size: Annotated[int, typer.Option(help="Tokens selected together: 1, 16, 32, 64.")] = 1,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens that decode selects together: 1, 16, 32, 64.")
+    ] = 1,
     prefill: Annotated[Prefill, typer.Option(help="Prefill of retrieval heads.")] = Prefill.dense,
     share_index_keys: Annotated[
         bool, typer.Option("--share-index-keys", help="One index key a KV head.")

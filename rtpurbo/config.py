@@ -33,7 +33,8 @@ class RTPurboConfig:
         top_p: share of the softmax mass that a selection must reach, in (0, 1].
         min_tokens: so many indexed tokens are selected whatever their mass.
         recent: latest keys that "full" always selects; "beyond_window" uses `window`.
-        block_size: tokens that are selected together.
+        block_size: tokens that are selected together in decode; sparse prefill always selects
+            blocks of 64.
         prefill: "dense" (retrieval heads see every key) or "sparse" (blocks chosen by the index).
         share_index_keys: one index key per KV head instead of one per retrieval head.
         index_bits: bits of a stored index-key dimension.

@@ -15,6 +15,7 @@ namespace rtpurbo {
 /// q               [B, Hq, 1, D], D a multiple of 8; float32, float64, bfloat16 or float16
 /// k, v            [B, Hk, N, D]; with k_local only the KV heads that hold a retrieval head
 /// indices         int32 [B, R, 1, C]: members n / block_size; counts int32 [B, R, 1], -1: all keys
+///                 (an entry adds its far keys: outside [0, N), in padding or near it adds none)
 /// k_local, v_local [B, L, sinks + window, D]: the rings of the other KV heads, of which the first
 ///                 min(N - start, slots) rows are valid and all seen
 /// start           int64 [B], first real key of each sequence

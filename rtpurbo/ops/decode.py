@@ -38,7 +38,8 @@ def decode(
         retrieval_heads: ascending query heads.
         window, near_window, sinks: >= 1, >= 1, >= 0.
         scale: of the logits, D^-0.5 normally.
-        indices: int32 [B, R, 1, C], members n // block_size of each retrieval head (`select`).
+        indices: int32 [B, R, 1, C], members n // block_size of each retrieval head (`select`). An
+            entry adds its far keys: outside [0, N), in the padding or near it adds none.
         counts: int32 [B, R, 1]; -1 makes the head see all visible keys.
         k_local, v_local: [B, L, sinks + window, D], the rings of the other KV heads in any order of
             slots; the first min(N - start, sinks + window) are valid.
