@@ -19,11 +19,11 @@ import rtpurbo
 from rtpurbo.checkpoint import MANIFEST, check_destination
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
-from rtpurbo.evaluate.report import human_bytes
 from rtpurbo.evaluate.run import check_sizes
 from rtpurbo.heads import check_choice
 from rtpurbo.outputs import check_file, check_folder
 from rtpurbo.plots import check_picture
+from rtpurbo.units import human_bytes
 
 app = typer.Typer(
     help="Turn a full-attention Hugging Face model into a sparse one, and run it.",

@@ -21,9 +21,9 @@ from rtpurbo.checkpoint import check_destination
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate import EvalReport, evaluate
-from rtpurbo.evaluate.report import human_bytes
 from rtpurbo.files import write_json, write_text
 from rtpurbo.outputs import check_folder
+from rtpurbo.units import human_bytes
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "smollm2-135m-32k"
 _QUESTION = "In two sentences: why does a long text make a language model slow?"

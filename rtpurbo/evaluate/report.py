@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.files import check_format, read_json, write_json
+from rtpurbo.units import human_bytes
 
 FORMAT_VERSION = 1
 _FORMAT = "rtpurbo.EvalReport"
@@ -183,15 +184,6 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table of text cells."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
