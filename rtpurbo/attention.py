@@ -19,12 +19,18 @@ from transformers.masking_utils import causal_mask_function
 
 from rtpurbo import ops
 from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer
+from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
 
 IMPLEMENTATION = "rtpurbo"
 TILE = 128
 TILE_BLOCK = 64
-MIN_TILE_BLOCKS = 4
+_MIN_TILE_BLOCKS = 4
+
+
+def min_tile_blocks(config: RTPurboConfig) -> int:
+    """Blocks that a tile of sparse prefill lists whatever their mass."""
+    return max(_MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK))
 
 
 def attention_forward(
@@ -236,7 +242,7 @@ def _tiles(
         index, q, k = context.index, q.detach(), k.detach()
         last.indices, last.counts, last.mass = ops.select_tiles(
             q_index, k_index, index.index_map, index.threshold, config.near_window, config.sinks,
-            max(MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK)), tile=TILE,
+            min_tile_blocks(config), tile=TILE,
             block_size=TILE_BLOCK, near_lse=_near_lse(context, q, k, k_heads, start, scale),
             offset=_offset(context), start=start,
         )  # fmt: skip

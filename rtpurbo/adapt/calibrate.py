@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from rtpurbo.attention import MIN_TILE_BLOCKS, TILE, TILE_BLOCK
+from rtpurbo.attention import TILE, TILE_BLOCK, min_tile_blocks
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import LayerContext
 from rtpurbo.index import Index
@@ -62,7 +62,7 @@ class Calibration:
                 layer.index_map,
                 torch.full_like(layer.threshold, threshold),
                 *near,
-                max(MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK)),
+                min_tile_blocks(config),
                 TILE,
                 TILE_BLOCK,
                 lse,
