@@ -21,6 +21,7 @@ from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.run import check_sizes
 from rtpurbo.heads import check_choice
+from rtpurbo.loading import load_dense
 from rtpurbo.outputs import check_file, check_folder
 from rtpurbo.plots import check_picture
 from rtpurbo.units import human_bytes
@@ -434,12 +435,10 @@ def _load(model: str, dtype: DType) -> tuple[Any, Any]:
 
 
 def _load_dense(model: str, dtype: DType) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype.value))
+    network, tokenizer = load_dense(model, getattr(torch, dtype.value))
     if torch.cuda.is_available():
         console.print("Whole models run on the CPU for now; the GPU is not used.")
-    return network.eval(), AutoTokenizer.from_pretrained(model)
+    return network, tokenizer
 
 
 def _check_files(*files: Path | None, picture: Path | None = None) -> None:

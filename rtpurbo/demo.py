@@ -22,6 +22,7 @@ from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate import EvalReport, evaluate
 from rtpurbo.files import write_json, write_text
+from rtpurbo.loading import load_dense
 from rtpurbo.outputs import check_folder
 from rtpurbo.units import human_bytes
 
@@ -169,7 +170,7 @@ def run(
     with steps("Distil (stage 2)"):
         before = _text_kl(network, tokenizer, plan, seed)
         distilled = _distill(network, tokenizer, texts, plan, seed)
-        after = _text_kl(network, tokenizer, plan, seed, before)
+        after = _text_kl(network, tokenizer, plan, seed, original=_load(model, cache)[0])
 
     with steps("Ask needles of the sparse model"), progress_bar(console, "  needles") as tick:
         sparse = _needles(network, tokenizer, plan, "sparse", seed, tick)
@@ -191,7 +192,7 @@ def run(
         "retrieval_heads": int(heads.roles.sum()),
         "stability": heads.stability,
         "stage_1": index.metrics,
-        "stage_2": {**distilled.metrics, "kl_before": before["kl"], "kl_after": after["kl"]},
+        "stage_2": {**distilled.metrics, "kl_before": before, "kl_after": after},
         "needles": [_needle_figures(report, length) for length in plan.needles],
         "environment": environment(),
     }
@@ -203,10 +204,7 @@ def run(
 
 def _load(model: str | None, cache: str | Path | None) -> tuple[Any, Any]:
     if model is not None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        return network.eval(), AutoTokenizer.from_pretrained(model)
+        return load_dense(model)
     from rtpurbo.testbed import fetch_smollm2, load_smollm2_32k
 
     if not _ASSETS.is_dir():
@@ -267,33 +265,23 @@ def _needles(
     return EvalReport(rows, reports[-1].model_id, reports[-1].settings)
 
 
-def _text_kl(
-    network: Any, tokenizer: Any, plan: Plan, seed: int, known: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """KL of the sparse prefill to the original dense model on held-out prose, in nats a token.
+def _text_kl(network: Any, tokenizer: Any, plan: Plan, seed: int, original: Any = None) -> float:
+    """KL of the sparse prefill to the dense model on held-out prose, in nats a token.
 
-    `known`: the result before distillation, which holds the original model's predictions.
+    `original`: the dense model, once the weights of `network` are no longer its own.
     """
-    from rtpurbo.evaluate.modes import mode
-    from rtpurbo.evaluate.texts import prefilled
-
-    length, rows = plan.kl_length, plan.kl_length // 2
-    held_out = rtpurbo.data.prose(split="held_out")
-    samples = rtpurbo.data.excerpts(tokenizer, held_out, length, plan.kl_texts, seed)
-    if known is None:
-        with mode(network, "dense", None):
-            dense = [_log_probabilities(network, prefilled(network, s, rows)) for s in samples]
-    else:
-        dense = known["dense"]
-    with mode(network, "sparse", length // plan.window_divisor):
-        sparse = [_log_probabilities(network, prefilled(network, s, rows)) for s in samples]
-    kls = [(d.exp() * (d - s)).sum(-1).mean().item() for d, s in zip(dense, sparse, strict=True)]
-    return {"dense": dense, "kl": sum(kls) / len(kls)}
-
-
-@torch.no_grad()
-def _log_probabilities(network: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return network.get_output_embeddings()(hidden).float().log_softmax(-1)
+    report = evaluate(
+        network,
+        tokenizer,
+        ("prefill_kl",),
+        (plan.kl_length,),
+        seeds=(seed,),
+        texts_per_seed=plan.kl_texts,
+        window_divisor=plan.window_divisor,
+        modes=("sparse",),
+        reference=original,
+    )
+    return report.rows[0].score
 
 
 def _distill(network: Any, tokenizer: Any, texts: list[str], plan: Plan, seed: int) -> TrainResult:

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 import rtpurbo
-from rtpurbo.demo import FAST, FULL, Plan, run
+from rtpurbo.demo import Plan, run
+from rtpurbo.loading import load_dense
 from tests.front import saved
 
 TINY = Plan(
@@ -63,6 +64,17 @@ def test_figures_are_those_of_the_report(demo):
     assert figures["stage_2"]["kl_before"] != figures["stage_2"]["kl_after"]
 
 
+def test_stage_2_is_judged_against_the_original_model(demo):
+    folder, figures, _ = demo
+    model, tokenizer = rtpurbo.from_pretrained(folder / "model")
+    original, _ = load_dense(folder.parent / "dense")
+    (row,) = rtpurbo.evaluate(
+        model, tokenizer, ["prefill_kl"], [256], texts_per_seed=1, window_divisor=8,
+        modes=["sparse"], reference=original,
+    ).rows  # fmt: skip
+    assert figures["stage_2"]["kl_after"] == pytest.approx(row.score, rel=1e-5)
+
+
 def test_a_short_context_shortens_the_plan(tmp_path):
     model = saved(tmp_path / "dense")
     config = json.loads((model / "config.json").read_text())
@@ -71,11 +83,15 @@ def test_a_short_context_shortens_the_plan(tmp_path):
         run(TINY, model=str(model), output=tmp_path / "out", console=Console(quiet=True))
 
 
-def test_the_plans_keep_the_window_rule():
-    for plan in (FULL, FAST):
-        assert plan.window_divisor == 8
-        assert all(length % plan.window_divisor == 0 for length in plan.needles)
-        assert plan.index_length in plan.needles
+def test_every_length_has_the_window_that_the_plan_says(demo, tmp_path):
+    _, figures, _ = demo
+    model = saved(tmp_path / "dense")
+    plan = replace(TINY, window_divisor=4, needles={1024: 1, 800: 1})
+    with_four = run(plan, model=str(model), output=tmp_path / "out", console=Console(quiet=True))
+    assert [needle["sparse"]["window"] for needle in with_four["needles"]] == [256, 200]
+    assert [needle["sparse"]["window"] for needle in figures["needles"]] == [128]
+    made, _ = rtpurbo.from_pretrained(tmp_path / "out" / "model")
+    assert rtpurbo.patching.state(made).config.window == 256
 
 
 def test_a_missing_asset_says_what_to_do(monkeypatch, tmp_path):
