@@ -47,17 +47,45 @@ def test_the_model_is_left_as_it_was_and_the_seed_decides():
     assert not torch.equal(detect(model, seed=1).scores, first.scores)
 
 
-def test_stability_and_identity():
+def spearman(a, b):
+    """Of scores without ties."""
+    ranks = torch.stack([x.flatten().argsort().argsort() for x in (a, b)]).double()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def overlap(a, b, kept):
+    first, second = (set(x.flatten().topk(kept).indices.tolist()) for x in (a, b))
+    return len(first & second) / kept
+
+
+def test_stability_compares_documents_and_lengths(monkeypatch):
+    model, seen = tiny(vocab_size=258), []
+
+    def remember(*arguments, score=rtpurbo.ops.retrieval_scores):
+        seen.append(score(*arguments)[0])
+        return seen[-1][None]
+
+    monkeypatch.setattr(rtpurbo.ops, "retrieval_scores", remember)
+    found = detect(model).stability
+    maps = torch.stack(seen).view(5, 2, 6)
+    documents, means = maps[:3], (maps[:3].mean(0), maps[3:].mean(0))
+    pairs = [(documents[i], documents[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    for kind, expected in (("documents", pairs), ("lengths", [means])):
+        count = len(expected)
+        correlation = sum(spearman(a, b) for a, b in expected) / count
+        assert found[kind]["rank_correlation"] == pytest.approx(correlation)
+        assert found[kind]["overlap"] == pytest.approx(
+            sum(overlap(a, b, 3) for a, b in expected) / count
+        )
+        assert found[kind]["pairs"] == count
+    assert (found["num_documents"], found["length"], found["half_length"]) == (3, 160, 80)
+
+
+def test_identity():
     model = tiny(vocab_size=258)
     heads = detect(model)
     assert heads.kv_heads == 3
     assert heads.model_id == rtpurbo.families.identity(model)
-    for kind, pairs in (("documents", 3), ("lengths", 1)):
-        found = heads.stability[kind]
-        assert found["pairs"] == pairs
-        assert -1 <= found["rank_correlation"] <= 1
-        assert 0 <= found["overlap"] <= 1
-    assert heads.stability["half_length"] == 80
     rtpurbo.sparsify(model, rtpurbo.RTPurboConfig(heads=heads))
 
 
