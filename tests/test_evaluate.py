@@ -135,6 +135,13 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     assert state(model).config is config and state(model).active
 
 
+def test_lengths_beyond_the_context_warn():
+    model = network()
+    model.config.max_position_embeddings = 128
+    with pytest.warns(UserWarning, match="is 200 tokens, beyond this model's context of 128"):
+        evaluate(model, byte_tokenizer(), ["prefill_nll"], [200], **SMALL)
+
+
 def test_progress_counts_every_sample():
     ticks = []
     evaluate(
