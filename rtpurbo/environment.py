@@ -10,16 +10,20 @@ from typing import Any
 import torch
 
 from rtpurbo._C import build_info
+from rtpurbo.ops._library import rtpurbo_ops
 
 _PACKAGES = ("rtpurbo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions of the packages that matter (those installed) and the build."""
+    """Hardware, versions of the packages that matter (those installed) and the build.
+
+    `cpu_capability` names the copy of the CPU kernels that runs: AVX512, AVX2 or DEFAULT.
+    """
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": rtpurbo_ops.cpu_capability(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "platform": platform.platform(),

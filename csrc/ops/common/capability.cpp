@@ -1,10 +1,12 @@
 #include "csrc/cpu/capability.h"
 
 #include <ATen/Version.h>
+#include <torch/library.h>
 
 #include <string>
 
-namespace rtpurbo::cpu {
+namespace rtpurbo {
+namespace cpu {
 
 Capability capability() {
   static const Capability chosen = [] {
@@ -16,4 +18,27 @@ Capability capability() {
   return chosen;
 }
 
-}  // namespace rtpurbo::cpu
+}  // namespace cpu
+
+namespace {
+
+/// The name of the copy of the CPU kernels that runs in this process.
+std::string cpu_capability() {
+  switch (cpu::capability()) {
+#ifdef RTPURBO_HAVE_AVX512
+    case cpu::Capability::kAvx512:
+      return "AVX512";
+#endif
+#ifdef RTPURBO_HAVE_AVX2
+    case cpu::Capability::kAvx2:
+      return "AVX2";
+#endif
+    default:
+      return "DEFAULT";
+  }
+}
+
+TORCH_LIBRARY_FRAGMENT(rtpurbo, m) { m.def("cpu_capability() -> str", &cpu_capability); }
+
+}  // namespace
+}  // namespace rtpurbo
