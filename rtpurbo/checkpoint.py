@@ -110,17 +110,23 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
     Args:
         path: the folder.
-        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+        kwargs: for `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...), which reads
+            safetensors only.
 
     Returns:
         (model, tokenizer): the model sparse, in eval mode; tokenizer None if none was saved.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a file is missing, cut off or changed, the format is newer, or the index is not
-            this model's.
+        ValueError: a file is missing, cut off, changed or not listed in rtpurbo.json, the format is
+            newer, or the index is not this model's. README.md and hidden files need no listing.
     """
     folder = Path(path)
+    if kwargs.pop("use_safetensors", True) is not True:
+        raise ValueError(
+            "rtpurbo.from_pretrained: use_safetensors must be True or left out; other formats can "
+            "run code"
+        )
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"rtpurbo.from_pretrained: {folder} holds no {MANIFEST}; it must be a folder that "
@@ -133,7 +139,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         raise ValueError(f"rtpurbo.from_pretrained: {MANIFEST} lacks {sorted(missing)}")
     _verify(folder, manifest["files"])
     config = RTPurboConfig.from_dict(manifest["config"])
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kwargs)
     identity = families.identity(model)
     if not families.same_model(identity, manifest["base_model"]["identity"]):
         raise ValueError(
@@ -211,8 +217,22 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
                 f"rtpurbo.from_pretrained: {file} was changed after it was saved (its sha256 "
                 f"differs from the one in {MANIFEST})"
             )
-    if INDEX_FILE not in files or not any(name.startswith("model") for name in files):
-        raise ValueError(f"rtpurbo.from_pretrained: {MANIFEST} lists no index or no weights")
+    weights = [name for name in files if name.startswith("model") and name.endswith(".safetensors")]
+    if INDEX_FILE not in files or not weights:
+        raise ValueError(
+            f"rtpurbo.from_pretrained: {MANIFEST} must list {INDEX_FILE} and weights, "
+            f"model*.safetensors; it lists {sorted(files)}"
+        )
+    unlisted = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.name not in {MANIFEST, "README.md", *files} and not entry.name.startswith(".")
+    )
+    if unlisted:
+        raise ValueError(
+            f"rtpurbo.from_pretrained: {folder} holds {unlisted}, which {MANIFEST} does not list "
+            "and which could change the model; move them away"
+        )
 
 
 def _load_index(index: Index, folder: Path, about: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import rtpurbo
 from rtpurbo.checkpoint import check_destination
+from rtpurbo.files import sha256_of
 from rtpurbo.patching import state
 from tests.models.tiny import FAMILIES, config, in_pieces, tiny, tokens, whole
 from tests.tokenizers import byte_tokenizer
@@ -144,6 +145,41 @@ def test_files_that_were_changed(saved, name):
         rtpurbo.from_pretrained(saved)
 
 
+def test_files_that_are_not_listed_are_refused(saved):
+    import peft
+
+    base = AutoModelForCausalLM.from_pretrained(saved)
+    lora = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(saved)
+    with pytest.raises(ValueError, match=r"holds \['adapter_config\.json', 'adapter_model"):
+        rtpurbo.from_pretrained(saved)
+    for file in saved.glob("adapter*"):
+        file.unlink()
+    for name in ("README.md", ".gitattributes"):
+        (saved / name).write_text("harmless")
+    rtpurbo.from_pretrained(saved)
+
+
+def test_pickled_weights_are_refused(saved):
+    weights = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    (saved / "model.safetensors").unlink()
+    torch.save(weights, saved / "pytorch_model.bin")
+    manifest = json.loads((saved / "rtpurbo.json").read_text())
+    files = manifest["files"]
+    files["pytorch_model.bin"] = {
+        "bytes": (saved / "pytorch_model.bin").stat().st_size,
+        "sha256": sha256_of(saved / "pytorch_model.bin"),
+    }
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        rtpurbo.from_pretrained(saved)
+    del files["model.safetensors"]
+    edit(saved, manifest)
+    with pytest.raises(ValueError, match=r"must list .* weights, model\*\.safetensors"):
+        rtpurbo.from_pretrained(saved)
+    with pytest.raises(ValueError, match="use_safetensors must be True"):
+        rtpurbo.from_pretrained(saved, use_safetensors=False)
+
+
 def edit(saved, manifest, **changes):
     (saved / "rtpurbo.json").write_text(json.dumps({**manifest, **changes}))
 
@@ -159,7 +195,7 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
         ({"format": "x"}, "not a"),
         ({"base_model": {"identity": other}}, "holds an index for llama"),
         ({"files": {**manifest["files"], "../model.safetensors": {}}}, "missing"),
-        ({"files": {}}, "lists no index"),
+        ({"files": {}}, r"must list rtpurbo_index\.safetensors"),
     ]
 
     for change, message in cases:
