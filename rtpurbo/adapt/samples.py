@@ -1,4 +1,4 @@
-"""The forms in which users hold token sequences, read as one; names for data and settings."""
+"""The forms in which users hold token sequences, read as one; names for data, models, settings."""
 
 import hashlib
 import json
@@ -113,3 +113,14 @@ class Samples:
 def config_digest(config: RTPurboConfig) -> str:
     """A short name for everything in a configuration, its head map included."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of names, shapes and 256 evenly spaced values of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64)
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        digest.update(flat[places.long().to(flat.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

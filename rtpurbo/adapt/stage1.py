@@ -17,7 +17,7 @@ from torch import Tensor
 from rtpurbo import families, ops
 from rtpurbo.adapt.calibrate import Calibration
 from rtpurbo.adapt.loop import Loop, Schedule, TrainResult
-from rtpurbo.adapt.samples import Sample, Samples, config_digest
+from rtpurbo.adapt.samples import Sample, Samples, config_digest, fingerprint
 from rtpurbo.context import LayerContext, Observer
 from rtpurbo.data import repeated_rows
 from rtpurbo.index import from_covariance
@@ -66,7 +66,8 @@ def train_index(
         held_out: so many sequences, the last ones, are not trained on but measure the KL and
             calibrate the thresholds (where there are not more, they serve for both).
         mixed_precision: "bf16" runs the frozen model's matrix products in bfloat16.
-        output_dir: checkpoints and metrics.jsonl go here; the same call goes on from them.
+        output_dir: checkpoints and metrics.jsonl go here; the same call on the same model goes on
+            from them.
 
     Returns:
         TrainResult. `metrics`: kl_before (after the SVD), kl_after, the same on retrieval rows
@@ -93,6 +94,7 @@ def train_index(
         device=task.device,
         output_dir=output_dir,
         identity={
+            "model": fingerprint(families.unwrap(model)),
             "data": samples.fingerprint(),
             "config": config_digest(patched.config),
             "rows": rows,

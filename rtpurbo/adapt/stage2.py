@@ -1,6 +1,5 @@
 """Stage 2: the sparse model learns to predict what it predicted when it was dense."""
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from rtpurbo import families
 from rtpurbo.adapt.loop import Loop, Schedule, TrainResult
 from rtpurbo.adapt.lora import Adapter
-from rtpurbo.adapt.samples import Samples, config_digest
+from rtpurbo.adapt.samples import Samples, config_digest, fingerprint
 from rtpurbo.adapt.teacher import TOP, TeacherCache, label_rows
 from rtpurbo.patching import state
 
@@ -167,17 +166,6 @@ def _top_kl(hidden: Tensor, head: nn.Linear, values: Tensor, tokens: Tensor) -> 
         logits = logits + head.bias[tokens].float()
     teacher = values.log_softmax(-1)
     return (teacher.exp() * (teacher - logits.log_softmax(-1))).sum(-1)
-
-
-def fingerprint(model: Any) -> str:
-    """A hash of names, shapes and 256 evenly spaced values of every weight."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64)
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        digest.update(flat[places.long().to(flat.device)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check(model: Any, config: Any, data: Samples, lora: Any) -> None:

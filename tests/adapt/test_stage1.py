@@ -83,6 +83,17 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, updat
     assert expected.metrics == result.metrics
 
 
+def test_the_run_of_another_model_is_not_continued(tmp_path):
+    train(tiny.model(), tmp_path, steps=2)
+    other = tiny.model()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    before = index_tensors(other)
+    with pytest.raises(ValueError, match=r"belongs to another run \(model: "):
+        train(other, tmp_path, steps=2)
+    assert tiny.same(before, index_tensors(other))
+
+
 def test_several_updates_run_the_model_less():
     result = train(tiny.model(), updates=4)
     assert result.tokens == 6 * 320
