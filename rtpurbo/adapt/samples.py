@@ -12,6 +12,11 @@ from torch import Tensor
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.data import RetrievalSequence
 
+_NOT_IN_THE_FORWARD = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -116,8 +121,10 @@ def config_digest(config: RTPurboConfig) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of names, shapes and 256 evenly spaced values of every weight."""
-    digest = hashlib.sha256()
+    """A hash of the configuration (RoPE, norms, ...) and of names, shapes and 256 evenly spaced
+    values of every weight."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_IN_THE_FORWARD}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64)

@@ -52,7 +52,7 @@ def distill(
         lora: None trains all weights. A rank or a `peft.LoraConfig` trains an adapter, which is
             saved under output_dir/adapter and merged into the weights at the end.
         teacher_cache: folder of the cached logits (default: output_dir/teacher, or a temporary
-            one). It is checked against model and data, and used again if it fits.
+            one). It is checked against model, data and mixed_precision, and used again if it fits.
         warmup: steps; a third of `steps` by default.
         batch_size: sequences a step over all processes; one at a time on each.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -96,7 +96,8 @@ def distill(
     )
     resume = loop.latest()
     with _teacher_folder(teacher_cache, loop.output_dir) as folder:
-        teacher = TeacherCache(folder, {**identity, "top": TOP}, len(data))
+        about = {**identity, "mixed_precision": mixed_precision, "top": TOP}
+        teacher = TeacherCache(folder, about, len(data))
         teacher.fill(model, data, loop)
         with Adapter(model, lora, seed) as adapter, _training(model, gradient_checkpointing):
             task = DistillTask(model, data, teacher, adapter.parameters(), loop)

@@ -2,7 +2,8 @@
 
     teacher_cache/
         shard-00000.safetensors   values.I float32 [P, 10] and tokens.I int32 [P, 10] of sample I
-        teacher.json              format version, identity of model and data, sha256 of every shard
+        teacher.json              format version, identity of model, data and precision, sha256 of
+                                  every shard
 
 `teacher.json` is written last, so a cache that was interrupted has none; its whole shards are
 taken over, because each carries the identity in its header.
@@ -35,7 +36,7 @@ class TeacherCache:
     """Top-10 logits of the dense model at the label positions of every sample.
 
     Args:
-        identity: of model and data; a cache with another one is refused.
+        identity: of model, data and precision; a cache with another one is refused.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], samples: int):

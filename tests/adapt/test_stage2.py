@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo import restore
 from rtpurbo.adapt import distill, stage2, teacher
-from rtpurbo.adapt.samples import Samples
+from rtpurbo.adapt.samples import Samples, fingerprint
 from rtpurbo.patching import dense, state
 from tests.adapt import tiny
 
@@ -187,6 +187,17 @@ def test_the_teacher_cache_of_another_model_or_data_is_refused(tmp_path):
         run(other, teacher_cache=cache, steps=1)
     with pytest.raises(ValueError, match="made with another data"):
         run(tiny.model(), teacher_cache=cache, steps=1, samples=tiny.sequences(4, 200))
+    with pytest.raises(ValueError, match="made with another model"):
+        run(tiny.model(theta=500.0), teacher_cache=cache, steps=1)
+    with pytest.raises(ValueError, match="made with another mixed_precision"):
+        run(tiny.model(), teacher_cache=cache, steps=1, mixed_precision="bf16")
+
+
+def test_a_loaded_model_has_the_fingerprint_of_the_saved_one(tmp_path):
+    model = tiny.model(sparse=False)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert fingerprint(loaded) == fingerprint(model) == fingerprint(tiny.model())
 
 
 def test_teacher_logits_are_the_dense_model_s(tmp_path):

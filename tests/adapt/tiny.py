@@ -9,8 +9,8 @@ VOCABULARY = 64
 ROLES = torch.tensor([[True, False, False, False], [False, True, False, True]])
 
 
-def model(sparse=True, **options):
-    """Two layers, 4 query heads, 2 KV heads, D = 16; window 32."""
+def model(sparse=True, theta=10000.0, **options):
+    """Two layers, 4 query heads, 2 KV heads, D = 16; window 32, RoPE of base theta."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -20,6 +20,7 @@ def model(sparse=True, **options):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=16384,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
     made = LlamaForCausalLM(config).eval()
     with torch.no_grad():
