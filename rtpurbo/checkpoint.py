@@ -2,7 +2,8 @@
 
     PATH/
         config.json, model*.safetensors, tokenizer files   as transformers writes them
-        rtpurbo_index.safetensors    layers.L.w_q, .w_k, .offset, .threshold
+        rtpurbo_index.safetensors    layers.L.w_q, .w_k, .offset, .threshold; a digest of the
+                                     configuration
         rtpurbo.json                 format version, identity, configuration, size and sha256 of
                                      every other file
 
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rtpurbo import families
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import state
-from rtpurbo.files import check_format, read_json, sha256_of, write_json
+from rtpurbo.files import check_format, digest_of, read_json, sha256_of, write_json
 from rtpurbo.index import Index
 from rtpurbo.patching import sparsify
 
@@ -33,6 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST = "rtpurbo.json"
 INDEX_FILE = "rtpurbo_index.safetensors"
 _FORMAT = "rtpurbo.checkpoint"
+_CONFIG_DIGEST = "config_digest"
 _KNOWN_KEYS = {"format", "version", "base_model", "config", "index", "files"}
 
 
@@ -71,7 +74,8 @@ def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None
             for number, layer in found.index.layers.items()
             for name, tensor in layer.tensors().items()
         }
-        save_file(tensors, scratch / INDEX_FILE)
+        digest = digest_of(found.config.to_dict())
+        save_file(tensors, scratch / INDEX_FILE, {_CONFIG_DIGEST: digest})
         _write_manifest(scratch, found)
         _swap(scratch, target)
     finally:
@@ -138,6 +142,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     if missing:
         raise ValueError(f"rtpurbo.from_pretrained: {MANIFEST} lacks {sorted(missing)}")
     _verify(folder, manifest["files"])
+    _check_digest(folder, manifest["config"])
     config = RTPurboConfig.from_dict(manifest["config"])
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kwargs)
     identity = families.identity(model)
@@ -232,6 +237,16 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         raise ValueError(
             f"rtpurbo.from_pretrained: {folder} holds {unlisted}, which {MANIFEST} does not list "
             "and which could change the model; move them away"
+        )
+
+
+def _check_digest(folder: Path, config: dict[str, Any]) -> None:
+    with safe_open(folder / INDEX_FILE, framework="pt") as file:
+        saved = (file.metadata() or {}).get(_CONFIG_DIGEST)
+    if saved != digest_of(config):
+        raise ValueError(
+            f"rtpurbo.from_pretrained: config or its heads in {folder / MANIFEST} were changed "
+            "after they were saved, and the index was made for those; take the saved ones back"
         )
 
 

@@ -47,6 +47,12 @@ def write_text(path: Path, text: str) -> None:
     os.replace(scratch.name, path)
 
 
+def digest_of(data: Any) -> str:
+    """A short name for JSON data, the same before it is written and after it is read."""
+    plain = json.loads(json.dumps(data))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:

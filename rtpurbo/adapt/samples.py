@@ -1,4 +1,4 @@
-"""The forms in which users hold token sequences, read as one; names for data, models, settings."""
+"""The forms in which users hold token sequences, read as one; names for data and models."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtpurbo.config import RTPurboConfig
 from rtpurbo.data import RetrievalSequence
 
 _NOT_IN_THE_FORWARD = {
@@ -113,11 +112,6 @@ class Samples:
             digest.update(sample.tokens.numpy().tobytes())
             digest.update(repr((sample.rows, sample.labels)).encode())
         return f"sha256:{digest.hexdigest()}"
-
-
-def config_digest(config: RTPurboConfig) -> str:
-    """A short name for everything in a configuration, its head map included."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Any) -> str:

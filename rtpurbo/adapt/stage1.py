@@ -17,9 +17,10 @@ from torch import Tensor
 from rtpurbo import families, ops
 from rtpurbo.adapt.calibrate import Calibration
 from rtpurbo.adapt.loop import Loop, Schedule, TrainResult
-from rtpurbo.adapt.samples import Sample, Samples, config_digest, fingerprint
+from rtpurbo.adapt.samples import Sample, Samples, fingerprint
 from rtpurbo.context import LayerContext, Observer
 from rtpurbo.data import repeated_rows
+from rtpurbo.files import digest_of
 from rtpurbo.index import from_covariance
 from rtpurbo.patching import observe, state
 
@@ -96,7 +97,7 @@ def train_index(
         identity={
             "model": fingerprint(families.unwrap(model)),
             "data": samples.fingerprint(),
-            "config": config_digest(patched.config),
+            "config": digest_of(patched.config.to_dict()),
             "rows": rows,
             "held_out": held_out,
             "mixed_precision": mixed_precision,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from rtpurbo import families
 from rtpurbo.adapt.loop import Loop, Schedule, TrainResult
 from rtpurbo.adapt.lora import Adapter
-from rtpurbo.adapt.samples import Samples, config_digest, fingerprint
+from rtpurbo.adapt.samples import Samples, fingerprint
 from rtpurbo.adapt.teacher import TOP, TeacherCache, label_rows
+from rtpurbo.files import digest_of
 from rtpurbo.patching import state
 
 _MAX_GRADIENT_NORM = 1.0
@@ -85,7 +86,7 @@ def distill(
         output_dir=output_dir,
         identity={
             **identity,
-            "config": config_digest(patched.config),
+            "config": digest_of(patched.config.to_dict()),
             "lora": Adapter.describe(lora),
             "mixed_precision": mixed_precision,
         },

@@ -204,6 +204,18 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
             rtpurbo.from_pretrained(saved)
 
 
+def test_a_configuration_that_was_changed(saved):
+    manifest = json.loads((saved / "rtpurbo.json").read_text())
+    heads = manifest["config"]["heads"]
+    moved = {**heads, "roles": [row[::-1] for row in heads["roles"]]}
+    for change in ({"window": 9}, {"heads": moved}):
+        edit(saved, manifest, config={**manifest["config"], **change})
+        with pytest.raises(ValueError, match=r"config or its heads .* were changed"):
+            rtpurbo.from_pretrained(saved)
+    edit(saved, manifest)
+    rtpurbo.from_pretrained(saved)
+
+
 def test_a_folder_of_something_else(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no rtpurbo\.json"):
         rtpurbo.from_pretrained(tmp_path)
