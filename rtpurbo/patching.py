@@ -85,13 +85,15 @@ def dense(model: Any) -> Iterator[Any]:
     Caches do not cross over: what was filled inside is of no use outside, and the other way round.
     """
     inner, found = families.unwrap(model), state(model)
+    active, implementation = found.active, inner.config._attn_implementation
     found.active = False
     inner.set_attn_implementation(found.implementation)
     try:
         yield model
     finally:
-        inner.set_attn_implementation(attention.IMPLEMENTATION)
-        found.active = True
+        if is_sparse(model):
+            inner.set_attn_implementation(implementation)
+        found.active = active
 
 
 @contextmanager
@@ -105,11 +107,11 @@ def observe(model: Any, observer: Observer) -> Iterator[Any]:
             without a cache.
     """
     found = state(model)
-    found.observer = observer
+    before, found.observer = found.observer, observer
     try:
         yield model
     finally:
-        found.observer = None
+        found.observer = before
 
 
 def attach(model: Any, found: SparseState) -> None:

@@ -179,6 +179,33 @@ def test_dense_inside_a_sparse_model():
     assert not torch.equal(sparse, expected)
 
 
+def test_dense_and_observe_nest():
+    model, ids = rtpurbo.sparsify(tiny(), config(window=8, top_p=0.5)), tokens(60)
+    sparse = whole(model, ids)
+    with dense(model):
+        full = whole(model, ids)
+        with dense(model):
+            pass
+        assert torch.equal(whole(model, ids), full)
+    assert not torch.equal(sparse, full)
+    assert torch.equal(whole(model, ids), sparse)
+    outer, inner = [], []
+    with observe(model, lambda context, *_: outer.append(context.number)):
+        with observe(model, lambda context, *_: inner.append(context.number)):
+            whole(model, ids)
+        whole(model, ids)
+    whole(model, ids)
+    assert outer == inner == [0, 1]
+
+
+def test_restore_inside_dense_stays():
+    model, ids = tiny(), tokens()
+    full = whole(model, ids)
+    with dense(rtpurbo.sparsify(model, config())):
+        rtpurbo.restore(model)
+    assert torch.equal(whole(model, ids), full)
+
+
 def test_observe_shows_q_and_k_and_runs_dense():
     model, ids = tiny("Qwen3"), tokens(30, 2)
     expected = whole(model, ids)
