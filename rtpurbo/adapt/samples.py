@@ -34,7 +34,8 @@ class Samples:
 
     Items may be sequences or tensors of token ids, `RetrievalSequence`s, or mappings with
     `input_ids` and optionally `rows` (retrieval rows) or `labels` (-100 where there is none), as
-    a Hugging Face dataset gives them.
+    a Hugging Face dataset gives them. Left padding that an `attention_mask` marks is cut off, from
+    labels and rows too.
     """
 
     def __init__(self, source: Any, what: str):
@@ -64,6 +65,7 @@ class Samples:
                 f"rtpurbo: {self._what}[{i}] must have a field input_ids, got {sorted(item)}"
             )
         tokens = self._tokens(item["input_ids"], i)
+        padding = self._padding(item.get("attention_mask"), len(tokens), i)
         rows = item.get("rows")
         labels = item.get("labels")
         if labels is not None:
@@ -73,8 +75,29 @@ class Samples:
                     f"rtpurbo: {self._what}[{i}]: labels must have the length of input_ids, "
                     f"{len(tokens)}, got {list(given.shape)}"
                 )
-            labels = (given >= 0).nonzero().flatten().tolist()
-        return Sample(tokens, None if rows is None else [int(row) for row in rows], labels)
+            labels = (given[padding:] >= 0).nonzero().flatten().tolist()
+        if rows is not None:
+            rows = [int(row) - padding for row in rows]
+        return Sample(tokens[padding:], rows, labels)
+
+    def _padding(self, mask: Any, length: int, i: int) -> int:
+        """How many zeros an attention mask begins with; ValueError if others come later."""
+        if mask is None:
+            return 0
+        given = torch.as_tensor(mask)
+        if given.shape != (length,):
+            raise ValueError(
+                f"rtpurbo: {self._what}[{i}]: attention_mask must have the length of input_ids, "
+                f"{length}, got {list(given.shape)}"
+            )
+        real = given != 0
+        padding = int((~real).sum())
+        if padding == length or not real[padding:].all():
+            raise ValueError(
+                f"rtpurbo: {self._what}[{i}]: attention_mask must be zeros, then ones, and mark a "
+                "token; pad on the left or not at all"
+            )
+        return padding
 
     def _tokens(self, ids: Any, i: int) -> Tensor:
         try:

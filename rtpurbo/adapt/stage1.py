@@ -57,7 +57,8 @@ def train_index(
         model: sparsified; its weights are not changed.
         tokens: token sequences longer than the window: lists or tensors of ids,
             `rtpurbo.data.retrieval_sequences`, or a Hugging Face dataset with `input_ids` and
-            optionally `rows`, the retrieval rows. Sequences without rows get those that repeat what
+            optionally `rows`, the retrieval rows, and `attention_mask`, by which left padding is
+            cut off. Sequences without rows get those that repeat what
             stood outside the window.
         steps: optimizer steps of `batch_size` sequences, all processes together.
         updates: steps taken on the same sequences, with other rows, before the next ones: a run of
