@@ -99,8 +99,7 @@ def check_destination(path: str | Path) -> None:
             f"rtpurbo.save_pretrained: {target} must be a folder or new, but is a file; choose a "
             "new path"
         )
-    found = {entry.relative_to(target).as_posix() for entry in target.rglob("*")}
-    others = sorted(found - _written(target))
+    others = sorted(_entries(target) - _written(target))
     if others:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise FileExistsError(
@@ -158,11 +157,20 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def _written(folder: Path) -> set[str]:
-    """What `save_pretrained` wrote there, by the manifest: files, and the folders they lie in."""
+    """What `save_pretrained` wrote there, by the manifest."""
     try:
-        names = [MANIFEST, *read_json(folder / MANIFEST)["files"]]
+        return _with_parents([MANIFEST, *read_json(folder / MANIFEST)["files"]])
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _entries(folder: Path) -> set[str]:
+    """Everything in a folder, at any depth, by its name relative to it."""
+    return {entry.relative_to(folder).as_posix() for entry in folder.rglob("*")}
+
+
+def _with_parents(names: list[str]) -> set[str]:
+    """Names of files, and those of the folders they lie in."""
     return {place.as_posix() for name in names for place in (Path(name), *Path(name).parents[:-1])}
 
 
@@ -181,8 +189,12 @@ def _tokenizer_of(model: Any) -> Any:
 
 def _write_manifest(folder: Path, found: Any) -> None:
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in sorted(folder.iterdir())
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }
     write_json(
         folder / MANIFEST,
@@ -210,7 +222,11 @@ def _swap(scratch: Path, target: Path) -> None:
 def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     for name, expected in files.items():
         file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"rtpurbo.from_pretrained: {MANIFEST} must list files of its folder, got {name!r}"
+            )
+        if not file.is_file():
             raise ValueError(f"rtpurbo.from_pretrained: the file {file} is missing")
         if file.stat().st_size != expected["bytes"]:
             raise ValueError(
@@ -229,9 +245,9 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             f"model*.safetensors; it lists {sorted(files)}"
         )
     unlisted = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.name not in {MANIFEST, "README.md", *files} and not entry.name.startswith(".")
+        name
+        for name in _entries(folder) - _with_parents([MANIFEST, "README.md", *files])
+        if not name.startswith(".")
     )
     if unlisted:
         raise ValueError(

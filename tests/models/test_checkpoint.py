@@ -117,6 +117,19 @@ def test_without_a_tokenizer(tmp_path):
     assert rtpurbo.from_pretrained(tmp_path / "out")[1] is None
 
 
+def test_a_tokenizer_with_several_chat_templates(tmp_path):
+    model, tokenizer = rtpurbo.sparsify(tiny(), config()), byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    for _ in range(2):
+        rtpurbo.save_pretrained(model, tmp_path / "out", tokenizer)
+    _, loaded = rtpurbo.from_pretrained(tmp_path / "out")
+    assert loaded.chat_template == tokenizer.chat_template
+    more = tmp_path / "out" / "additional_chat_templates" / "more.jinja"
+    more.write_text("{{ messages }}")
+    with pytest.raises(ValueError, match=r"more\.jinja.* does not list"):
+        rtpurbo.from_pretrained(tmp_path / "out")
+
+
 def test_a_dense_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not sparse"):
         rtpurbo.save_pretrained(tiny(), tmp_path / "out")
@@ -190,11 +203,13 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
     with pytest.warns(UserWarning, match=r"unknown keys \['extra'\]"):
         rtpurbo.from_pretrained(saved)
     other = rtpurbo.families.identity(tiny(seed=2))
+    file = manifest["files"]["config.json"]
     cases = [
         ({"version": 2}, "version 2 is newer"),
         ({"format": "x"}, "not a"),
         ({"base_model": {"identity": other}}, "holds an index for llama"),
-        ({"files": {**manifest["files"], "../model.safetensors": {}}}, "missing"),
+        ({"files": {**manifest["files"], "../out/config.json": file}}, "files of its folder"),
+        ({"files": {**manifest["files"], str(saved / "config.json"): file}}, "of its folder"),
         ({"files": {}}, r"must list rtpurbo_index\.safetensors"),
     ]
 
