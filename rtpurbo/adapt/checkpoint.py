@@ -192,6 +192,12 @@ def _check_identity(folder: Path, found: dict[str, Any], expected: dict[str, Any
         key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)
     )
     if different:
+        if different == ["model"]:
+            raise ValueError(
+                f"rtpurbo: checkpoint {folder} was written from a model of other weights or "
+                "settings; a run of all weights that was interrupted leaves its model changed, so "
+                "load the original model again to go on, or choose another output_dir"
+            )
         details = ", ".join(f"{key}: {found.get(key)} -> {expected.get(key)}" for key in different)
         raise ValueError(
             f"rtpurbo: checkpoint {folder} belongs to another run ({details}); "

@@ -46,6 +46,10 @@ def distill(
     the first step; its logits are cached. The index is frozen. AdamW (0.9, 0.95), constant
     rate after a linear warm-up, weight decay 0.01, gradient norm clipped to 1.
 
+    Where all weights are trained, a run that is interrupted leaves the model half trained. Load the
+    original again before the next call: with output_dir that call then goes on from the last
+    checkpoint, and without it the half-trained model would be its own teacher.
+
     Args:
         model: sparsified, float32 weights (unless lora); weights are changed in place.
         samples: as `tokens` of `train_index`; mappings may have `labels`, -100 where a token is not

@@ -87,9 +87,12 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(tmp_path, monkeypatch, lora)
     with pytest.raises(KeyboardInterrupt):
         run(cut, tmp_path / "cut", lora=lora)
     assert cut.state_dict().keys() == whole.state_dict().keys()
+    monkeypatch.setattr(stage2.DistillTask, "clip", clip)
     if lora:
         assert tiny.same(tiny.weights(cut), tiny.weights(tiny.model()))
-    monkeypatch.setattr(stage2.DistillTask, "clip", clip)
+    else:
+        with pytest.raises(ValueError, match="load the original model again"):
+            run(cut, tmp_path / "cut")
     again = tiny.model()
     result = run(again, tmp_path / "cut", lora=lora)
     assert result.resumed_from == 5
