@@ -130,16 +130,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             "rtpurbo.from_pretrained: use_safetensors must be True or left out; other formats can "
             "run code"
         )
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"rtpurbo.from_pretrained: {folder} holds no {MANIFEST}; it must be a folder that "
-            "rtpurbo.save_pretrained wrote"
-        )
-    manifest = read_json(folder / MANIFEST)
-    check_format(manifest, _FORMAT, FORMAT_VERSION, _KNOWN_KEYS)
-    missing = _KNOWN_KEYS - manifest.keys()
-    if missing:
-        raise ValueError(f"rtpurbo.from_pretrained: {MANIFEST} lacks {sorted(missing)}")
+    manifest = read_manifest(folder)
     _verify(folder, manifest["files"])
     _check_digest(folder, manifest["config"])
     config = RTPurboConfig.from_dict(manifest["config"])
@@ -156,11 +147,32 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder) if saved else None
 
 
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What rtpurbo.json says of a folder that `save_pretrained` wrote; its files are not looked at.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is cut off, lacks something, or its format is newer.
+    """
+    place = Path(folder) / MANIFEST
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"rtpurbo: {folder} holds no {MANIFEST}; it must be a folder that "
+            "rtpurbo.save_pretrained wrote"
+        )
+    manifest = read_json(place)
+    check_format(manifest, _FORMAT, FORMAT_VERSION, _KNOWN_KEYS)
+    missing = _KNOWN_KEYS - manifest.keys()
+    if missing:
+        raise ValueError(f"rtpurbo: {place} lacks {sorted(missing)}; take the saved one back")
+    return manifest
+
+
 def _written(folder: Path) -> set[str]:
     """What `save_pretrained` wrote there, by the manifest."""
     try:
-        return _with_parents([MANIFEST, *read_json(folder / MANIFEST)["files"]])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _with_parents([MANIFEST, *read_manifest(folder)["files"]])
+    except (OSError, ValueError):
         return set()
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rtpurbo
-from rtpurbo.checkpoint import MANIFEST, check_destination
+from rtpurbo.checkpoint import MANIFEST, check_destination, read_manifest
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.run import check_sizes
@@ -394,7 +394,7 @@ def _describe(path: Path) -> dict[str, Any]:
         return {"heads": repr(heads), "model": heads.model_id, "stability": heads.stability}
     if not (path / MANIFEST).is_file():
         _fail(f"{path} is neither a head map nor a folder that rtpurbo.save_pretrained wrote")
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(path)
     config = rtpurbo.RTPurboConfig.from_dict(manifest["config"])
     settings = {k: v for k, v in config.to_dict().items() if k not in ("heads", "format")}
     size = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -190,6 +190,17 @@ def test_info_describes_build_model_and_map(sparse, tmp_path):
     assert "neither a head map nor a folder" in run("info", tmp_path, code=2)
 
 
+def test_info_checks_the_manifest(sparse, tmp_path):
+    from rtpurbo.commands import _describe
+
+    text = (sparse / "rtpurbo.json").read_text()
+    newer = json.dumps({**json.loads(text), "version": 9})
+    for content, message in ((newer, "version 9 is newer"), (text[:-40], "cut off")):
+        (tmp_path / "rtpurbo.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            _describe(tmp_path)
+
+
 def test_bench_runs_the_checkout(monkeypatch, tmp_path):
     calls = []
 
