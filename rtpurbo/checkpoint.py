@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rtpurbo import families
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import state
-from rtpurbo.files import check_format, digest_of, read_json, sha256_of, write_json
+from rtpurbo.files import check_format, digest_of, read_json, require, sha256_of, write_json
 from rtpurbo.index import Index
 from rtpurbo.patching import sparsify
 
@@ -165,6 +165,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     missing = _KNOWN_KEYS - manifest.keys()
     if missing:
         raise ValueError(f"rtpurbo: {place} lacks {sorted(missing)}; take the saved one back")
+    where = f"rtpurbo: {place}"
+    require(require(manifest, "base_model", dict, where), "identity", str, f"{where}: base_model")
+    require(manifest, "config", dict, where)
+    index = require(manifest, "index", dict, where)
+    require(index, "trained", bool, f"{where}: index")
+    require(index, "history", dict, f"{where}: index")
+    files = require(manifest, "files", dict, where)
+    for name in files:
+        about = require(files, name, dict, f"{where}: files")
+        require(about, "bytes", int, f"{where}: files: {name}")
+        require(about, "sha256", str, f"{where}: files: {name}")
     return manifest
 
 
@@ -296,5 +307,5 @@ def _load_index(index: Index, folder: Path, about: dict[str, Any]) -> None:
                 )
             with torch.no_grad():
                 tensor.copy_(saved)
-    index.trained = bool(about["trained"])
-    index.history = dict(about["history"])
+    index.trained = about["trained"]
+    index.history = about["history"]

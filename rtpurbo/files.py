@@ -10,15 +10,30 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+_JSON = {dict: "object", str: "string", int: "whole number", bool: "boolean"}
+
+
+def require(data: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    """The value of a key in JSON that was read; ValueError if it is missing or of another kind."""
+    value = data.get(key)
+    if type(value) is not kind:
+        raise ValueError(
+            f"{where}: {key} must be a JSON {_JSON[kind]}, got {value!r:.60}; it is damaged"
+        )
+    return value
+
 
 def check_format(data: dict[str, Any], name: str, version: int, known: set[str]) -> None:
-    """Refuses another format or a newer version of it; warns about unknown keys."""
+    """Refuses another format, a newer version or none; warns about unknown keys."""
     if not isinstance(data, dict) or data.get("format") != name:
         raise ValueError(f"{name}: this file is not a {name} (its `format` key says otherwise)")
-    if not isinstance(data.get("version"), int) or data["version"] > version:
+    found = require(data, "version", int, name)
+    if found < 1:
+        raise ValueError(f"{name}: version must be 1 to {version}, got {found}; it is damaged")
+    if found > version:
         raise ValueError(
-            f"{name}: format version {data.get('version')} is newer than {version}, the newest "
-            "that this rtpurbo reads; upgrade rtpurbo"
+            f"{name}: format version {found} is newer than {version}, the newest that this "
+            "rtpurbo reads; upgrade rtpurbo"
         )
     unknown = data.keys() - known
     if unknown:

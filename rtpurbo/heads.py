@@ -140,9 +140,11 @@ class HeadMap:
         missing = {"scores", "roles", "share"} - data.keys()
         if missing:
             raise ValueError(f"rtpurbo.HeadMap: the keys {sorted(missing)} are missing")
+        if isinstance(data["share"], bool) or not isinstance(data["share"], int | float):
+            raise ValueError(f"rtpurbo.HeadMap: share must be a number, got {data['share']!r}")
         return cls(
-            torch.tensor(data["scores"], dtype=torch.float32),
-            _roles(data["roles"]),
+            _rows(data, "scores").float(),
+            _roles(_rows(data, "roles")),
             float(data["share"]),
             data.get("stability") or {},
             data.get("model_id"),
@@ -272,3 +274,12 @@ def _roles(roles: Any) -> Tensor:
             f"[{given.min().item():g}, {given.max().item():g}]; make them with scores >= threshold"
         )
     return given.bool()
+
+
+def _rows(data: dict[str, Any], key: str) -> Tensor:
+    try:
+        return torch.tensor(data[key])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"rtpurbo.HeadMap: {key} must be one row of numbers a layer, all of one length: {error}"
+        ) from error

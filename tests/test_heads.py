@@ -76,6 +76,20 @@ def test_json_unknown_newer_foreign_cut_and_incomplete(heads, tmp_path):
         HeadMap.load(path)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"version": None}, "version must be a JSON whole number, got None"),
+    ({"version": True}, "version must be a JSON whole number, got True"),
+    ({"version": -3}, "version must be 1 to 1, got -3"),
+    ({"scores": [[0.5], [0.5, 0.5]]}, "scores must be one row of numbers a layer"),
+    ({"roles": [[1, 0], [1]]}, "roles must be one row of numbers a layer"),
+    ({"roles": [["a"]]}, "roles must be one row of numbers a layer"),
+    ({"share": "x"}, "share must be a number, got 'x'"),
+])  # fmt: skip
+def test_odd_json(heads, change, message):
+    with pytest.raises(ValueError, match=rf"rtpurbo\.HeadMap: {message}"):
+        HeadMap.from_dict({**heads.to_dict(), **change})
+
+
 @pytest.mark.parametrize("change", [
     {"roles": torch.zeros(2, 3, dtype=torch.bool)}, {"roles": torch.zeros(2, 4)},
     {"scores": torch.full((2, 4), float("nan"))}, {"scores": torch.zeros(4)}, {"kv_heads": 3},

@@ -206,6 +206,15 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
     file = manifest["files"]["config.json"]
     cases = [
         ({"version": 2}, "version 2 is newer"),
+        ({"version": 0}, "version must be 1 to 1, got 0"),
+        ({"version": None}, "version must be a JSON whole number, got None"),
+        ({"base_model": {}}, "base_model: identity must be a JSON string, got None"),
+        ({"config": 3}, "config must be a JSON object, got 3"),
+        ({"index": {}}, "index: trained must be a JSON boolean, got None"),
+        ({"index": {"trained": True, "history": []}}, "history must be a JSON object"),
+        ({"files": []}, r"files must be a JSON object, got \[\]"),
+        ({"files": {"model.safetensors": 3}}, r"files: model\.safetensors must be a JSON object"),
+        ({"files": {"config.json": {"bytes": 1}}}, r"config\.json: sha256 must be a JSON string"),
         ({"format": "x"}, "not a"),
         ({"base_model": {"identity": other}}, "holds an index for llama"),
         ({"files": {**manifest["files"], "../out/config.json": file}}, "files of its folder"),
