@@ -20,6 +20,7 @@ from rtpurbo.checkpoint import MANIFEST, check_destination, read_manifest
 from rtpurbo.console import progress_bar
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.run import check_sizes
+from rtpurbo.files import write_json, write_text
 from rtpurbo.heads import check_choice
 from rtpurbo.loading import load_dense
 from rtpurbo.outputs import check_file, check_folder
@@ -122,8 +123,7 @@ def detect(
     if plot is not None:
         heads.plot(plot)
     if rtp_llm is not None:
-        config = {"headwise_config": heads.to_headwise_config()}
-        rtp_llm.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_json(rtp_llm, {"headwise_config": heads.to_headwise_config()})
     if duo_attention is not None:
         heads.to_duo_attention(duo_attention)
     console.print(_stability(heads))
@@ -291,7 +291,7 @@ def eval_command(
     if output is not None:
         report.save(output)
     if markdown is not None:
-        markdown.write_text(report.to_markdown() + "\n", encoding="utf-8")
+        write_text(markdown, report.to_markdown() + "\n")
     if plot is not None:
         report.plot(plot)
 

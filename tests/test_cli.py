@@ -45,6 +45,7 @@ def test_every_command_has_help():
 
 def test_detect_writes_every_format(dense, texts, tmp_path):
     out = tmp_path / "heads.json"
+    before = old_file(tmp_path / "rtp.json")
     printed = run(
         "detect", dense, "--output", out, "--length", 200, "--documents", 2, "--needle-length", 8,
         "--share", 0.25, "--texts", texts, "--plot", tmp_path / "heads.png", "--rtp-llm",
@@ -61,6 +62,7 @@ def test_detect_writes_every_format(dense, texts, tmp_path):
     assert (tmp_path / "heads.png").stat().st_size > 1000
     config = json.loads((tmp_path / "rtp.json").read_text())
     assert torch.equal(rtpurbo.HeadMap.from_headwise_config(config).roles, heads.roles)
+    assert before.read_text() == "old"
     assert (tmp_path / "duo" / "full_attention_heads.tsv").is_file()
 
 
@@ -117,7 +119,16 @@ def test_adapt_trains_both_stages_and_resumes(dense, texts, tmp_path, lora):
         torch.testing.assert_close(again.state_dict()[name], tensor)
 
 
+def old_file(path):
+    """A file in the way, and a second name for it: writing in place would show under both."""
+    path.write_text("old")
+    other = path.with_suffix(".old")
+    other.hardlink_to(path)
+    return other
+
+
 def test_eval_writes_the_report(sparse, dense, texts, tmp_path):
+    before = old_file(tmp_path / "report.md")
     printed = run(
         "eval", sparse, "--task", "niah", "--task", "kl", "--length", 300, "--prompts", 1,
         "--seed", 0, "--seed", 1, "--texts-per-seed", 1, "--rows", 2, "--window-divisor", 8,
@@ -132,6 +143,7 @@ def test_eval_writes_the_report(sparse, dense, texts, tmp_path):
     assert (tmp_path / "report.md").read_text() == report.to_markdown() + "\n"
     assert (tmp_path / "report.png").stat().st_size > 1000
     assert report.to_markdown() in printed
+    assert before.read_text() == "old"
 
 
 def test_eval_of_one_mode_with_a_window(sparse, texts, tmp_path):
