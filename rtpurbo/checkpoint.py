@@ -27,7 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rtpurbo import families
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import state
-from rtpurbo.files import check_format, digest_of, read_json, require, sha256_of, write_json
+from rtpurbo.files import (
+    check_files,
+    digest_of,
+    list_files,
+    read_format,
+    require,
+    require_files,
+    write_json,
+)
 from rtpurbo.index import Index
 from rtpurbo.patching import sparsify
 
@@ -36,7 +44,7 @@ MANIFEST = "rtpurbo.json"
 INDEX_FILE = "rtpurbo_index.safetensors"
 _FORMAT = "rtpurbo.checkpoint"
 _CONFIG_DIGEST = "config_digest"
-_KNOWN_KEYS = {"format", "version", "base_model", "config", "index", "files"}
+_KEYS = {"format", "version", "base_model", "config", "index", "files"}
 
 
 def save_pretrained(model: Any, path: str | Path, tokenizer: Any = None) -> None:
@@ -160,22 +168,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"rtpurbo: {folder} holds no {MANIFEST}; it must be a folder that "
             "rtpurbo.save_pretrained wrote"
         )
-    manifest = read_json(place)
-    check_format(manifest, _FORMAT, FORMAT_VERSION, _KNOWN_KEYS)
-    missing = _KNOWN_KEYS - manifest.keys()
-    if missing:
-        raise ValueError(f"rtpurbo: {place} lacks {sorted(missing)}; take the saved one back")
+    manifest = read_format(place, _FORMAT, FORMAT_VERSION, _KEYS)
     where = f"rtpurbo: {place}"
     require(require(manifest, "base_model", dict, where), "identity", str, f"{where}: base_model")
     require(manifest, "config", dict, where)
     index = require(manifest, "index", dict, where)
     require(index, "trained", bool, f"{where}: index")
     require(index, "history", dict, f"{where}: index")
-    files = require(manifest, "files", dict, where)
-    for name in files:
-        about = require(files, name, dict, f"{where}: files")
-        require(about, "bytes", int, f"{where}: files: {name}")
-        require(about, "sha256", str, f"{where}: files: {name}")
+    require_files(manifest, where)
     return manifest
 
 
@@ -211,14 +211,7 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _write_manifest(folder: Path, found: Any) -> None:
-    files = {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": sha256_of(file),
-        }
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = list_files(folder, (file for file in folder.rglob("*") if file.is_file()))
     write_json(
         folder / MANIFEST,
         {
@@ -243,24 +236,8 @@ def _swap(scratch: Path, target: Path) -> None:
 
 
 def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    for name, expected in files.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(
-                f"rtpurbo.from_pretrained: {MANIFEST} must list files of its folder, got {name!r}"
-            )
-        if not file.is_file():
-            raise ValueError(f"rtpurbo.from_pretrained: the file {file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"rtpurbo.from_pretrained: {file} must have {expected['bytes']} bytes, got "
-                f"{file.stat().st_size}; it is cut off or not the one that was saved"
-            )
-        if sha256_of(file) != expected["sha256"]:
-            raise ValueError(
-                f"rtpurbo.from_pretrained: {file} was changed after it was saved (its sha256 "
-                f"differs from the one in {MANIFEST})"
-            )
+    where = "rtpurbo.from_pretrained"
+    check_files(folder, files, where, "take the saved one back, or save the model again")
     weights = [name for name in files if name.startswith("model") and name.endswith(".safetensors")]
     if INDEX_FILE not in files or not weights:
         raise ValueError(

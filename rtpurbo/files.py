@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,25 @@ def check_format(data: dict[str, Any], name: str, version: int, known: set[str])
         warnings.warn(f"{name}: unknown keys {sorted(unknown)} are ignored", stacklevel=3)
 
 
+def read_format(path: Path, name: str, version: int, keys: set[str]) -> dict[str, Any]:
+    """A JSON file of a format, which must have all of its keys."""
+    data = read_json(path)
+    check_format(data, name, version, keys)
+    missing = keys - data.keys()
+    if missing:
+        raise ValueError(f"{name}: {path} lacks {sorted(missing)}; it is damaged")
+    return data
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; one that does not parse raises a ValueError that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"rtpurbo: {path} is not valid JSON ({error}); is it cut off?") from error
+        raise ValueError(
+            f"rtpurbo: {path} is not valid JSON ({error}); it is cut off or was edited; delete it "
+            "or bring back a whole one"
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -70,6 +84,47 @@ def digest_of(data: Any) -> str:
     """A short name for JSON data, the same before it is written and after it is read."""
     plain = json.loads(json.dumps(data))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def list_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes of files, by their names relative to a folder; see `check_files`."""
+    return {
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
+        for file in sorted(files)
+    }
+
+
+def require_files(data: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The key `files` of JSON that was read, if it has the form of `list_files`."""
+    files = require(data, "files", dict, where)
+    for name in files:
+        about = require(files, name, dict, f"{where}: files")
+        require(about, "bytes", int, f"{where}: files: {name}")
+        require(about, "sha256", str, f"{where}: files: {name}")
+    return files
+
+
+def check_files(folder: Path, files: dict[str, dict[str, Any]], where: str, remedy: str) -> None:
+    """Raises ValueError unless the files are as `list_files` found them."""
+    for name, expected in files.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{where}: files must lie in {folder}, got {name!r}; {remedy}")
+        if not file.is_file():
+            raise ValueError(f"{where}: the file {file} is missing; {remedy}")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(
+                f"{where}: {file} must have {expected['bytes']} bytes, got {size}: it is cut off "
+                f"or not the one that was saved; {remedy}"
+            )
+        if sha256_of(file) != expected["sha256"]:
+            raise ValueError(
+                f"{where}: {file} was changed after it was saved (its sha256 differs); {remedy}"
+            )
 
 
 def sha256_of(path: Path) -> str:

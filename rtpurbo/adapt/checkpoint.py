@@ -4,7 +4,8 @@
         parameters.safetensors   what is trained
         optimizer.safetensors    exp_avg.NAME, exp_avg_sq.NAME, step.NAME
         rng-00000.safetensors    the random state of each process
-        state.json               format version, step, the run's identity, sha256 of every file
+        state.json               format version, step, the run's identity, size and sha256 of
+                                 every other file
 
 A folder is written beside its place and renamed into it; two are kept.
 """
@@ -20,9 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rtpurbo.files import sha256_of, write_json
+from rtpurbo.files import check_files, list_files, read_format, require, require_files, write_json
 
 FORMAT_VERSION = 1
+_FORMAT = "rtpurbo.training"
+_KEYS = {"format", "version", "step", "identity", "extra", "files"}
+_STATE = "state.json"
 _KEPT = 2
 _PREFIX = "checkpoint-"
 
@@ -45,21 +49,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     save_file(contiguous, scratch, metadata=metadata)
     _sync(scratch)
     scratch.replace(path)
-
-
-def read_json(path: Path, what: str, version: int) -> dict[str, Any]:
-    """Reads a JSON file with a `format_version`, refusing what is newer or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"rtpurbo: {what} {path} is missing or damaged ({error})") from error
-    if not isinstance(found, int) or found > version:
-        raise ValueError(
-            f"rtpurbo: {what} {path} has format version {found}, this rtpurbo reads up to "
-            f"{version}; upgrade rtpurbo"
-        )
-    return content
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -134,14 +123,15 @@ class CheckpointFolder:
         write_tensors(scratch / "parameters.safetensors", parameters)
         write_tensors(scratch / "optimizer.safetensors", optimizer)
         content = {
-            "format_version": FORMAT_VERSION,
+            "format": _FORMAT,
+            "version": FORMAT_VERSION,
             "step": step,
             "identity": self._identity,
             "extra": extra,
-            "sha256": {file.name: sha256_of(file) for file in sorted(scratch.iterdir())},
+            "files": list_files(scratch, scratch.iterdir()),
         }
-        write_json(scratch / "state.json", content)
-        _sync(scratch / "state.json")
+        write_json(scratch / _STATE, content)
+        _sync(scratch / _STATE)
         place = self._output_dir / f"{_PREFIX}{step:08d}"
         shutil.rmtree(place, ignore_errors=True)
         scratch.rename(place)
@@ -160,31 +150,29 @@ class CheckpointFolder:
         if not complete:
             return None
         folder = complete[-1]
-        content = read_json(folder / "state.json", "checkpoint", FORMAT_VERSION)
-        _check_files(folder, content.get("sha256"))
-        _check_identity(folder, content.get("identity", {}), json.loads(json.dumps(self._identity)))
+        where, remedy = "rtpurbo: checkpoint", f"delete {folder} to go on from the one before"
+        if not (folder / _STATE).is_file():
+            raise ValueError(f"{where}: the file {folder / _STATE} is missing; {remedy}")
+        content = read_format(folder / _STATE, _FORMAT, FORMAT_VERSION, _KEYS)
+        identity = require(content, "identity", dict, where)
+        files = require_files(content, where)
+        check_files(folder, files, where, remedy)
+        _check_identity(folder, identity, json.loads(json.dumps(self._identity)))
+        names = "parameters", "optimizer", f"rng-{self._rank:05d}"
+        for name in names:
+            if f"{name}.safetensors" not in files:
+                raise ValueError(f"{where}: {folder / _STATE} lists no {name}; {remedy}")
+        parameters, optimizer, rng = (load_file(folder / f"{name}.safetensors") for name in names)
         return Checkpoint(
-            step=content["step"],
-            parameters=load_file(folder / "parameters.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            rng=load_file(folder / f"rng-{self._rank:05d}.safetensors"),
-            extra=content["extra"],
+            step=require(content, "step", int, where),
+            parameters=parameters,
+            optimizer=optimizer,
+            rng=rng,
+            extra=require(content, "extra", dict, where),
         )
 
     def _complete(self) -> list[Path]:
         return sorted(path for path in self._output_dir.glob(f"{_PREFIX}*") if path.is_dir())
-
-
-def _check_files(folder: Path, hashes: Any) -> None:
-    if not isinstance(hashes, dict) or "parameters.safetensors" not in hashes:
-        raise ValueError(f"rtpurbo: checkpoint {folder} lists no files; it is damaged, delete it")
-    for name, expected in hashes.items():
-        file = folder / name
-        if not file.is_file() or sha256_of(file) != expected:
-            raise ValueError(
-                f"rtpurbo: checkpoint file {file} is missing, truncated or changed since it was "
-                f"written; delete {folder} to go on from the one before"
-            )
 
 
 def _check_identity(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
     teacher_cache/
         shard-00000.safetensors   values.I float32 [P, 10] and tokens.I int32 [P, 10] of sample I
-        teacher.json              format version, identity of model, data and precision, sha256 of
-                                  every shard
+        teacher.json              format version, identity of model, data and precision, size and
+                                  sha256 of every shard
 
 `teacher.json` is written last, so a cache that was interrupted has none; its whole shards are
 taken over, because each carries the identity in its header.
@@ -19,14 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rtpurbo import families
-from rtpurbo.adapt.checkpoint import read_json, write_tensors
+from rtpurbo.adapt.checkpoint import write_tensors
 from rtpurbo.adapt.loop import Loop
 from rtpurbo.adapt.progress import Progress
 from rtpurbo.adapt.samples import Samples
-from rtpurbo.files import sha256_of, write_json
+from rtpurbo.files import check_files, list_files, read_format, require, require_files, write_json
 from rtpurbo.patching import dense
 
 FORMAT_VERSION = 1
+_FORMAT = "rtpurbo.teacher"
+_KEYS = {"format", "version", "identity", "files"}
 TOP = 10
 _SHARD = 64
 _ROWS = 512
@@ -53,7 +55,7 @@ class TeacherCache:
         """
         manifest = self._directory / "teacher.json"
         if manifest.exists():
-            self._check(read_json(manifest, "teacher cache", FORMAT_VERSION))
+            self._check(read_format(manifest, _FORMAT, FORMAT_VERSION, _KEYS))
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         accelerator = loop.accelerator
@@ -70,9 +72,10 @@ class TeacherCache:
         if accelerator.is_main_process:
             paths = [self._path(shard) for shard in range(self._shards)]
             content = {
-                "format_version": FORMAT_VERSION,
+                "format": _FORMAT,
+                "version": FORMAT_VERSION,
                 "identity": self._identity,
-                "sha256": {path.name: sha256_of(path) for path in paths},
+                "files": list_files(self._directory, paths),
             }
             write_json(manifest, content)
         accelerator.wait_for_everyone()
@@ -111,21 +114,22 @@ class TeacherCache:
         write_tensors(self._path(shard), tensors, self._header())
 
     def _check(self, content: dict[str, Any]) -> None:
-        found = content.get("identity", {})
+        where, remedy = "rtpurbo: teacher cache", f"delete {self._directory} to compute it again"
+        found = require(content, "identity", dict, where)
         different = [key for key in self._identity if found.get(key) != self._identity[key]]
         if different:
             raise ValueError(
                 f"rtpurbo: teacher cache {self._directory} was made with another "
                 f"{' and '.join(different)}; give another teacher_cache, or delete it"
             )
-        hashes = content.get("sha256", {})
-        for shard in range(self._shards):
-            path = self._path(shard)
-            if not path.is_file() or hashes.get(path.name) != sha256_of(path):
-                raise ValueError(
-                    f"rtpurbo: teacher cache file {path} is missing, truncated or changed since it "
-                    f"was written; delete {self._directory} to compute it again"
-                )
+        files = require_files(content, where)
+        check_files(self._directory, files, where, remedy)
+        wanted = {self._path(shard).name for shard in range(self._shards)}
+        if files.keys() != wanted:
+            raise ValueError(
+                f"{where}: {self._directory} must list {self._shards} shards, got "
+                f"{sorted(files)}; {remedy}"
+            )
 
     def _usable(self, path: Path) -> bool:
         """Whether an interrupted call left this shard whole."""

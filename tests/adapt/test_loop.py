@@ -111,19 +111,19 @@ def test_the_last_two_checkpoints_are_kept_and_scratch_is_ignored(tmp_path):
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state", "no state"])
 def test_damaged_checkpoints_are_refused(tmp_path, damage):
     run(tmp_path)
     folder = tmp_path / "checkpoint-00000020"
-    file = folder / ("state.json" if damage == "state" else "optimizer.safetensors")
+    file = folder / ("state.json" if "state" in damage else "optimizer.safetensors")
     content = file.read_bytes()
-    if damage == "remove":
+    if damage in ("remove", "no state"):
         file.unlink()
     elif damage == "flip":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"damaged|missing, truncated or changed"):
+    with pytest.raises(ValueError, match=r"checkpoint-00000020.* (missing|cut off|changed)"):
         run(tmp_path)
     shutil.rmtree(folder)
     assert run(tmp_path)[1].resumed_from == 18
@@ -133,8 +133,23 @@ def test_newer_checkpoints_are_refused(tmp_path):
     run(tmp_path)
     file = tmp_path / "checkpoint-00000020" / "state.json"
     state = json.loads(file.read_text())
-    file.write_text(json.dumps({**state, "format_version": 99}))
+    file.write_text(json.dumps({**state, "version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"version": 0}, "version must be 1 to 1, got 0"),
+    ({"format": "else"}, r"not a rtpurbo\.training"),
+    ({"files": {}}, "lists no parameters; delete"),
+    ({"files": {"../metrics.jsonl": {"bytes": 1, "sha256": ""}}}, "files must lie in"),
+    ({"step": "2"}, "step must be a JSON whole number, got '2'"),
+])  # fmt: skip
+def test_odd_checkpoints_are_refused(tmp_path, change, message):
+    run(tmp_path)
+    file = tmp_path / "checkpoint-00000020" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
         run(tmp_path)
 
 

@@ -217,8 +217,8 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
         ({"files": {"config.json": {"bytes": 1}}}, r"config\.json: sha256 must be a JSON string"),
         ({"format": "x"}, "not a"),
         ({"base_model": {"identity": other}}, "holds an index for llama"),
-        ({"files": {**manifest["files"], "../out/config.json": file}}, "files of its folder"),
-        ({"files": {**manifest["files"], str(saved / "config.json"): file}}, "of its folder"),
+        ({"files": {**manifest["files"], "../out/config.json": file}}, "files must lie in"),
+        ({"files": {**manifest["files"], str(saved / "config.json"): file}}, "files must lie in"),
         ({"files": {}}, r"must list rtpurbo_index\.safetensors"),
     ]
 
