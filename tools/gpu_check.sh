@@ -16,6 +16,6 @@ wait
 status=0
 for log in "$logs"/test_*.log; do
   printf '%s: %s\n' "$(basename "$log" .log)" "$(tail -1 "$log")"
-  grep -q "failed\|error" "$log" && status=1
+  grep -qE "[0-9]+ (failed|error)" "$log" && status=1
 done
 exit $status
