@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 
 namespace rtpurbo::cuda {
@@ -14,9 +15,7 @@ namespace {
 constexpr int64_t kMaxKeys = int64_t{1} << 30;  // positions, and sums of two, are 32-bit
 
 void check_limits(const char* op, const cpu::AttentionParams& params) {
-  TORCH_CHECK_TYPE(params.dtype != at::kDouble, "rtpurbo::", op,
-                   ": q on CUDA must be float32, bfloat16 or float16, got float64; convert with "
-                   ".float() or call it on the CPU");
+  check_not_double(op, "q", params.dtype);
   TORCH_CHECK_VALUE(params.dim <= kMaxHeadDim, "rtpurbo::", op,
                     ": q on CUDA must have a head dim D of at most ", kMaxHeadDim, ", got ",
                     params.dim, "; call it on the CPU");
