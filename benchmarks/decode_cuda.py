@@ -1,7 +1,7 @@
 """One decoded token of a layer on the GPU: scan, top-p and sparse attention against dense SDPA.
 
 The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
-Inputs rotate through more memory than the L2 cache holds; times are of CUDA graph replays.
+Inputs rotate, from 64K on through more memory than the L2 cache holds; times are of graph replays.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs a small case of every CUDA operator under compute-sanitizer's four tools.
 set -u
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # so that overruns and unwritten memory are seen
 PYTHON=${PYTHON:-python3}
 status=0
 for tool in memcheck racecheck initcheck synccheck; do

@@ -58,6 +58,7 @@ def cache() -> None:
 
 top_p()
 cache()
+ops.retrieval_scores(draw(1, 4, 5, 16), draw(1, 2, 90, 16), 3, 8, 0.25)
 for dim, dtype in (
     (64, torch.bfloat16),
     (128, torch.float16),

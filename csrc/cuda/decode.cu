@@ -33,6 +33,17 @@ bool rows_aligned(const HeadsView& view) {
          view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
 }
 
+/// Whether a block's shared memory fits the current device.
+template <int kDim>
+bool tile_fits() {
+  int device = 0;
+  int most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+             cudaSuccess &&
+         MmaTile<kDim>::kSharedBytes <= most;
+}
+
 template <typename T, int kDim>
 cudaError_t launch_mma(const DecodeParams& p, const Partials& partials, dim3 grid,
                        cudaStream_t stream) {
@@ -53,10 +64,13 @@ cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 
         rows_aligned(p.v_local)) {
       switch (p.dim) {
         case 64:
+          if (!tile_fits<64>()) break;
           return launch_mma<T, 64>(p, partials, grid, stream);
         case 128:
+          if (!tile_fits<128>()) break;
           return launch_mma<T, 128>(p, partials, grid, stream);
         case 256:
+          if (!tile_fits<256>()) break;
           return launch_mma<T, 256>(p, partials, grid, stream);
       }
     }

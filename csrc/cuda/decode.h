@@ -30,9 +30,9 @@ struct DecodeSet {
 };
 
 struct DecodeParams {
-  static constexpr int kMaxHeads = 512;
-  static constexpr int kMaxSets = 512;
+  static constexpr int kMaxHeads = 256;
   static constexpr int kHeadSlots = 2;  // a retrieval head has two: near and listed keys
+  static constexpr int kMaxSets = kMaxHeads * kHeadSlots;  // a set has a slot at least
   ElementType type;
   HeadsView q, k, v, k_local, v_local, out;
   float* lse_ptr;              // [B, heads]

@@ -17,8 +17,7 @@ int64_t member_count(const SelectParams& p) { return round_up(divide_up(p.keys, 
 
 /// Problems of one launch.
 int64_t problems_at_once(const SelectParams& p) {
-  const int64_t fitting =
-      std::max<int64_t>(1, kMembersAtOnce / std::max<int64_t>(1, member_count(p)));
+  const int64_t fitting = std::max<int64_t>(1, kMembersAtOnce / (member_count(p) + 3 * kBins));
   return std::min({fitting, kMaxGridY, p.batch * p.heads * p.rows});
 }
 

@@ -217,7 +217,7 @@ Result decode_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
       .dim = q.size(3),
       .lists = static_cast<int64_t>(retrieval_heads.size()),
       .capacity = indices ? indices->size(3) : 0,
-      .block_size = block_size,
+      .block_size = std::min(block_size, std::max<int64_t>(1, problem.keys)),
       .window = std::min(window, problem.keys),
       .near_window = std::min(near_window, problem.keys),
       .sinks = std::min(sinks, problem.keys),

@@ -30,6 +30,11 @@ void check_selection(double p, int64_t min_tokens, int64_t block_size, int64_t c
   TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
 }
 
+/// min_tokens in members, rounded up.
+int64_t min_members(int64_t min_tokens, int64_t block_size) {
+  return min_tokens / block_size + (min_tokens % block_size != 0);
+}
+
 Result allocate(const at::Tensor& q_index, at::ScalarType mass_type, int64_t room) {
   const auto ints = q_index.options().dtype(at::kInt);
   const at::Tensor counts = at::empty({q_index.size(0), q_index.size(1), q_index.size(2)}, ints);
@@ -52,7 +57,7 @@ Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntA
                       .counts_ptr = counts.mutable_data_ptr<int32_t>(),
                       .mass_ptr = mass.mutable_data_ptr(),
                       .capacity = room,
-                      .min_members = (min_tokens + block_size - 1) / block_size,
+                      .min_members = min_members(min_tokens, block_size),
                       .p = p,
                       .exact = exact});
   return result;
@@ -97,7 +102,7 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
                                   .sinks = in.sinks,
                                   .block_size = block_size,
                                   .capacity = room,
-                                  .min_members = (min_tokens + block_size - 1) / block_size,
+                                  .min_members = min_members(min_tokens, block_size),
                                   .p = p,
                                   .exact = exact};
   const at::Tensor workspace = at::empty({static_cast<int64_t>(cuda::select_workspace(params))},

@@ -134,3 +134,47 @@ def test_keys_beyond_2_to_the_31_elements(cuda_device):
     counts = torch.ones(1, 1, 1, device=cuda_device, dtype=torch.int32)
     out, lse = ops.decode(q, k, k, [0], 10, 10, 4, 1.0, indices=indices, counts=counts)
     assert out[0, 0, 0, 0] == 100 and lse[0, 0, 0] == 100
+
+
+def test_every_head_of_many_can_have_a_list(cuda_device):
+    heads, keys = 256, 40
+    q, k = torch.randn(1, heads, 1, 64), torch.randn(1, heads, keys, 64)
+    indices = torch.arange(heads * 3).view(1, heads, 1, 3).remainder(8).sort(-1).values.int()
+    positional = (q, k, k, list(range(heads)), 20, 20, 2, 0.125)
+    lists = {"indices": indices, "counts": torch.full((1, heads, 1), 3, dtype=torch.int32)}
+    expected = ops.decode(*positional, **lists)
+    got = ops.decode(
+        *(on(cuda_device, a) for a in positional),
+        **{name: value.to(cuda_device) for name, value in lists.items()},
+    )
+    torch.testing.assert_close(got[0].cpu(), expected[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="Hq <= 256"):
+        ops.decode(
+            *(torch.zeros(1, 257, n, 8, device=cuda_device) for n in (1, 9, 9)), [], 5, 5, 1, 1
+        )
+
+
+def test_a_block_of_all_keys(cuda_device):
+    q, k = (
+        torch.randn(1, 1, 1, 64, device=cuda_device),
+        torch.randn(1, 1, 100, 64, device=cuda_device),
+    )
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=cuda_device)
+    arguments = (q, k, k, [0], 1, 1, 0, 0.125)
+    all_keys = ops.decode(*arguments)
+    for block_size in (100, 1 << 20, 1 << 32):
+        got = ops.decode(*arguments, indices=zero, counts=zero[..., 0] + 1, block_size=block_size)
+        torch.testing.assert_close(got, all_keys, atol=1e-5, rtol=1e-5)
+
+
+def test_select_with_near_keys_that_outweigh_everything(cuda_device):
+    q_index, k_index = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 100, 16)
+    near = torch.full((1, 1, 1), 800.0)
+    q_index, k_index, near = (t.to(cuda_device) for t in (q_index, k_index, near))
+    _, counts, mass = ops.select(q_index, k_index, [0], 0.5, 1, 0, 3, near_lse=near)
+    assert counts.item() == 3 and mass.item() == 1
+    start = torch.tensor([200], device=cuda_device)
+    nothing = ops.select(
+        q_index, k_index, [0], 0.5, 1, 0, 3, near_lse=near * torch.nan, start=start
+    )
+    assert nothing[1].item() == 0 and nothing[2].item() == 1

@@ -100,3 +100,9 @@ def test_a_nan_selects_every_far_key(arguments, p, where, block_size):
     _, counts, mass = ops.select(**arguments, p=p, min_tokens=0, block_size=block_size)
     far = torch.arange(1, keys - 1) if keys > 2 else torch.arange(0)
     assert (counts == len((far // block_size).unique())).all() and mass.isnan().all()
+
+
+def test_a_floor_of_any_size_takes_everything():
+    q_index, k_index = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 100, 4)
+    _, counts, _ = ops.select(q_index, k_index, [0], 0.1, 1, 0, 2**63 - 1, block_size=16)
+    assert counts.item() == 7

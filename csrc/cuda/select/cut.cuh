@@ -8,6 +8,8 @@
 namespace rtpurbo::cuda {
 
 constexpr int kCutThreads = 512;
+constexpr double kMostNats =
+    700.0;  // above, near mass would be infinite; far keys add nothing then
 constexpr int kBinsPerThread = kBins / kCutThreads;
 
 struct MassCount {
@@ -22,6 +24,8 @@ struct MassCount {
 __device__ __forceinline__ float near_log_mass(const SelectParams& p, const Workspace& w,
                                                int64_t local) {
   const int64_t problem = w.first + local;
+  const Row row = row_of(p, problem);
+  if (row.position < row.start) return -INFINITY;
   if (p.near_lse_ptr) {
     const float near = p.near_lse_ptr[problem];
     return p.offset_ptr ? near - p.offset_ptr[problem / p.rows % p.heads] : near;
@@ -54,7 +58,7 @@ __global__ __launch_bounds__(kCutThreads) void cut_kernel(SelectParams p, Worksp
       if (!(near < INFINITY)) problem.poisoned = 1;
       shared_near = near == -INFINITY || top_key == 0
                         ? 0.0
-                        : exp(static_cast<double>(near) - score_of(top_key));
+                        : exp(fmin(static_cast<double>(near) - score_of(top_key), kMostNats));
       problem.cut_bin = kNoBin;
     }
   }

@@ -52,7 +52,7 @@ class CutFinder {
 
   __device__ double unit() const { return unit_; }
 
-  __device__ Member member(int i) const {
+  __device__ Member member(int64_t i) const {
     if (i < kCached) return shared_.cached[i];
     const int32_t position = list_[i];
     return {ordered_key(scores_[position]), position};
@@ -106,7 +106,7 @@ class CutFinder {
     }
     __syncthreads();
     uint32_t least = UINT32_MAX, most = 0;
-    for (int i = threadIdx.x; i < count_; i += kFinishThreads) {
+    for (int64_t i = threadIdx.x; i < count_; i += kFinishThreads) {
       const int32_t position = list_[i];
       const uint32_t key = ordered_key(scores_[position]);
       if (i < kCached) shared_.cached[i] = {key, position};
@@ -154,13 +154,13 @@ class CutFinder {
         shared_.count[d] = 0;
       }
       __syncthreads();
-      for (int i = threadIdx.x; i < count_; i += kFinishThreads) {
+      for (int64_t i = threadIdx.x; i < count_; i += kFinishThreads) {
         const Member m = member(i);
         uint32_t value;
         if (!value_of(m, value)) continue;
         const uint32_t rest = value >> shift;
         if (static_cast<uint64_t>(rest) >> digit_bits != found) continue;
-        atomicAdd(&shared_.mass[rest & digit_mask], mass_of(m));
+        if constexpr (kDown) atomicAdd(&shared_.mass[rest & digit_mask], mass_of(m));
         atomicAdd(&shared_.count[rest & digit_mask], 1u);
       }
       __syncthreads();
@@ -244,7 +244,7 @@ __global__ __launch_bounds__(kFinishThreads) void finish_kernel(SelectParams p, 
         wanted <= 0.0 ? 0 : static_cast<unsigned long long>(fmin(wanted, 9.0e18));
     const unsigned long long units = finder.find(target, problem.floor_left, cut_key, cut_index);
     mass += static_cast<double>(units) / scale;
-    for (int i = threadIdx.x; i < collected; i += kFinishThreads) {
+    for (int64_t i = threadIdx.x; i < collected; i += kFinishThreads) {
       const Member m = finder.member(i);
       if (m.key > cut_key || (m.key == cut_key && m.position <= cut_index)) {
         atomicAdd(&chunk_counts[m.position / kChunk], 1);
