@@ -71,6 +71,24 @@ def select() -> Iterator[Case]:
 
 
 @benchmark
+def select_index_bits() -> Iterator[Case]:
+    """One decoded token with all far keys quantised, against keys of 16 bits."""
+    for keys in (32768, 131072):
+        q_index, k_index, near_lse = index_tensors(1, keys)
+        mask = list(range(HEADS)), P, WINDOW, SINKS, MIN_TOKENS, 1, near_lse
+        far = (keys - WINDOW) // BLOCK * BLOCK
+        for bits in (8, 4):
+            codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
+            tail = k_index[:, :, far:].contiguous()
+            yield Case(
+                parameters={"retrieval": HEADS, "keys": keys, "bits": bits},
+                run=partial(ops.select, q_index, tail, *mask, codes=codes, ranges=ranges),
+                baselines={"16 bits": partial(ops.select, q_index, k_index, *mask)},
+                goals={"16 bits": 1.0},
+            )
+
+
+@benchmark
 def select_tiles() -> Iterator[Case]:
     """Block lists of a whole prefill; the baseline stops at the pooled shares of the blocks."""
     for rows, keys in ((8192, 8192), (2048, 32768)):

@@ -164,6 +164,23 @@ def index_arguments(rows: int, keys: int, dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
+def quantize_index_samples(dtype: torch.dtype) -> list[Sample]:
+    base = dict(k_index=numbers(2, 2, 128, 5, dtype=dtype), bits=4)
+    return [
+        Sample("quantize_index", "four", base),
+        Sample("quantize_index", "eight", base | {"bits": 8}),
+    ]
+
+
+def quantised(keys: int, dim: int, bits: int) -> dict[str, Tensor]:
+    """codes and ranges that look like those of 2 x 2 heads of random keys."""
+    ranges = numbers(2, 2, keys // 64, 2 * dim)
+    ranges[..., dim:] = ranges[..., dim:].abs() * 4 / 2**bits
+    width = dim if bits == 8 else -(-dim // 2)
+    codes = numbers(2, 2, keys, width).mul(64).to(torch.int32).remainder(256).to(torch.uint8)
+    return dict(codes=codes, ranges=ranges.half())
+
+
 def select_samples(dtype: torch.dtype) -> list[Sample]:
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     base = index_arguments(4, 60, dtype) | dict(p=0.8, min_tokens=3)
@@ -174,6 +191,8 @@ def select_samples(dtype: torch.dtype) -> list[Sample]:
         Sample("select", "beyond", base | padded | beyond),
         Sample("select", "blocks", base | padded | beyond | {"block_size": 16}),
         Sample("select", "capacity", base | {"capacity": 5}),
+        Sample("select", "four_bits", base | padded | beyond | quantised(320, 4, 4)),
+        Sample("select", "eight_bits", base | quantised(64, 4, 8) | {"block_size": 16}),
     ]
 
 
@@ -189,6 +208,7 @@ def select_tiles_samples(dtype: torch.dtype) -> list[Sample]:
         Sample("select_tiles", "beyond", base | padded | beyond),
         Sample("select_tiles", "max", base | padded | beyond | {"rank": "max"}),
         Sample("select_tiles", "capacity", base | {"capacity": 6}),
+        Sample("select_tiles", "four_bits", base | padded | beyond | quantised(192, 4, 4)),
     ]
 
 
@@ -258,6 +278,7 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Sample]:
         *index_project_samples(dtype),
         *cache_samples(dtype),
         *top_p_samples(dtype),
+        *quantize_index_samples(dtype),
         *select_samples(dtype),
         *index_kl_samples(dtype),
         *select_tiles_samples(dtype),

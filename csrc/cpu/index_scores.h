@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "csrc/cpu/index_codes.h"
 #include "csrc/cpu/index_params.h"
 #include "csrc/cpu/lanes.h"
 
@@ -41,6 +42,17 @@ Accum log_add(Accum a, Accum b) {
          (top - finite_shift(top));
 }
 
+/// The keys of one head: first `codes`, then `rows`.
+struct HeadKeys {
+  CodeRows codes;
+  HeadRows rows;
+};
+
+inline HeadKeys head_keys(const IndexParams& params, int64_t batch, int64_t head) {
+  return {code_rows(params, batch, head),
+          head_rows(params.k_dtype, params.k_index, batch, head, params.keys - params.coded)};
+}
+
 /// Scores up to kRows queries, r^-1/2 q . k, against the keys of one head.
 template <typename Accum>
 class IndexScores {
@@ -53,7 +65,8 @@ class IndexScores {
         width_((keys + kKeyTile - 1) / kKeyTile * kKeyTile),
         queries_(kRows * dim),
         packed_(kKeyTile * dim),
-        staging_(16 * dim),
+        staging_(kPackedGroup * dim),
+        ranges_(2 * dim),
         scores_(kRows * width_) {}
 
   /// Sets query `slot` to row `n` of `rows`.
@@ -64,14 +77,13 @@ class IndexScores {
   }
 
   /// Scores the first `count` queries against keys [begin, end), and some around them.
-  void run(int64_t count, const HeadRows& rows, int64_t begin, int64_t end) {
+  void run(int64_t count, const HeadKeys& keys, int64_t begin, int64_t end) {
     for (int64_t n = begin / kKeyTile * kKeyTile; n < end; n += kKeyTile) {
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.dtype, "index_scores", [&] {
-        const auto* first = static_cast<const scalar_t*>(rows.ptr) + n * rows.stride;
-        pack_transposed([&](int64_t i) { return first + i * rows.stride; },
-                        std::min(kKeyTile, keys_ - n), dim_, packed_.data(), kKeyTile,
-                        staging_.data());
-      });
+      const int64_t tile_end = std::min(n + kKeyTile, keys_);
+      const int64_t codes_end = std::clamp(keys.codes.count, n, tile_end);
+      pack_codes(keys.codes, n, codes_end);
+      pack_keys(keys.rows, codes_end - keys.codes.count, tile_end - codes_end,
+                packed_.data() + codes_end - n);
       gemm<Accum>(count, kKeyTile, dim_, queries_.data(), dim_, packed_.data(), kKeyTile,
                   scores_.data() + n, width_, false);
     }
@@ -81,8 +93,28 @@ class IndexScores {
   const Accum* row(int64_t slot) const { return scores_.data() + slot * width_; }
 
  private:
+  void pack_codes(const CodeRows& codes, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n += kIndexBlock) {
+      copy_row(codes.block_ranges(n), ranges_.data(), 2 * dim_);
+      pack_loaded(
+          [&](int64_t i, Accum* key) {
+            dequantize(codes.key(n + i), codes.bits, ranges_.data(), dim_, key);
+          },
+          kIndexBlock, dim_, packed_.data() + n - begin, kKeyTile, staging_.data());
+    }
+  }
+
+  void pack_keys(const HeadRows& rows, int64_t n, int64_t count, Accum* packed) {
+    if (count == 0) return;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.dtype, "index_scores", [&] {
+      const auto* first = static_cast<const scalar_t*>(rows.ptr) + n * rows.stride;
+      pack_transposed([&](int64_t i) { return first + i * rows.stride; }, count, dim_, packed,
+                      kKeyTile, staging_.data());
+    });
+  }
+
   const int64_t dim_, keys_, width_;
-  std::vector<Accum> queries_, packed_, staging_, scores_;
+  std::vector<Accum> queries_, packed_, staging_, ranges_, scores_;
 };
 
 /// First real key of a sequence.

@@ -73,20 +73,28 @@ bool is_finite(const S* row, int64_t size) {
 inline constexpr int64_t kPackedGroup = 16;
 
 /// Packs `count` rows of `size` elements as the transposed B operand [size, count] of gemm<T>, with
-/// row length ldb. row(i) is the address of row i; `staging` holds kPackedGroup rows.
-template <typename T, typename RowAt>
-void pack_transposed(const RowAt& row, int64_t count, int64_t size, T* packed, int64_t ldb,
-                     T* staging) {
+/// row length ldb. load(i, destination) writes row i; `staging` holds kPackedGroup rows.
+template <typename T, typename Load>
+void pack_loaded(const Load& load, int64_t count, int64_t size, T* packed, int64_t ldb,
+                 T* staging) {
   using Unit =
       std::conditional_t<kPairedRows<T>, float, T>;  // a pair of 16-bit elements moves as one
   const int64_t units = size * sizeof(T) / sizeof(Unit);
   for (int64_t i = 0; i < count; i += kPackedGroup) {
     const int64_t group = std::min(kPackedGroup, count - i);
-    for (int64_t g = 0; g < group; ++g) copy_row(row(i + g), staging + g * size, size);
+    for (int64_t g = 0; g < group; ++g) load(i + g, staging + g * size);
     at::vec::transpose_mxn<Unit>(reinterpret_cast<const Unit*>(staging), units,
                                  reinterpret_cast<Unit*>(packed) + i, ldb, static_cast<int>(group),
                                  static_cast<int>(units));
   }
+}
+
+/// pack_loaded for rows in memory: row(i) is the address of row i.
+template <typename T, typename RowAt>
+void pack_transposed(const RowAt& row, int64_t count, int64_t size, T* packed, int64_t ldb,
+                     T* staging) {
+  const auto load = [&](int64_t i, T* destination) { copy_row(row(i), destination, size); };
+  pack_loaded(load, count, size, packed, ldb, staging);
 }
 
 /// Packs `count` rows of `size` elements as the B operand [count, size] of gemm<T>, with row length

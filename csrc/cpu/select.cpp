@@ -34,9 +34,8 @@ class Selector {
       scores_.set_query(i, rows, queries[i].row);
       last = std::max(last, position(queries[i].row));
     }
-    const HeadRows keys = head_rows(in_.k_dtype, in_.k_index, batch, key_head, in_.keys);
     const int64_t start = first_key(in_, batch);
-    scores_.run(count, keys, start, last + 1);
+    scores_.run(count, head_keys(in_, batch, key_head), start, last + 1);
     for (int64_t i = 0; i < count; ++i) choose_members(batch, queries[i], start, scores_.row(i));
   }
 

@@ -57,7 +57,7 @@ class TileSelector {
   double pool_shares(int64_t batch, int64_t head, int64_t first, int64_t last, Range visible) {
     constexpr int64_t kRows = IndexScores<Accum>::kRows;
     const HeadRows queries = head_rows(in_.q_dtype, in_.q_index, batch, head, in_.rows);
-    const HeadRows keys = head_rows(in_.k_dtype, in_.k_index, batch, in_.index_map[head], in_.keys);
+    const HeadKeys keys = head_keys(in_, batch, in_.index_map[head]);
     std::fill(weights_.begin(), weights_.end(), 0.0);
     double near = 0;
     for (int64_t row = first; row <= last; row += kRows) {

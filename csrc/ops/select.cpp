@@ -45,10 +45,11 @@ Result allocate(const at::Tensor& q_index, at::ScalarType mass_type, int64_t roo
 Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
                   double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                   const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-                  int64_t capacity, bool exact) {
+                  int64_t capacity, bool exact, const MaybeTensor& codes,
+                  const MaybeTensor& ranges) {
   check_selection(p, min_tokens, block_size, capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
-                                 near_lse, offset, start);
+                                 near_lse, offset, start, {codes, ranges});
   const int64_t room = arguments.room(capacity);
   const Result result = allocate(q_index, arguments.params().accum, room);
   const auto& [indices, counts, mass] = result;
@@ -67,10 +68,15 @@ Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntA
 Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
                    double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                    const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-                   int64_t capacity, bool exact) {
+                   int64_t capacity, bool exact, const MaybeTensor& codes,
+                   const MaybeTensor& ranges) {
   check_selection(p, min_tokens, block_size, capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
-                                 near_lse, offset, start);
+                                 near_lse, offset, start, {codes, ranges});
+  TORCH_CHECK_NOT_IMPLEMENTED(!codes,
+                              "rtpurbo::select: 4- and 8-bit index keys have no CUDA kernel yet; "
+                              "use RTPurboConfig(index_bits=16) or run on the CPU "
+                              "(model.to('cpu'))");
   cuda::check_not_double(kOp, "q_index", q_index.scalar_type());
   cuda::check_not_double(kOp, "k_index", k_index.scalar_type());
   TORCH_CHECK_VALUE(q_index.size(3) <= cuda::kMaxIndexDim,
@@ -119,19 +125,20 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
 Result select(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
               double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
               const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-              int64_t capacity, bool exact) {
+              int64_t capacity, bool exact, const MaybeTensor& codes, const MaybeTensor& ranges) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rtpurbo::select", "")
                              .typed<decltype(select)>();
   return op.call(q_index, k_index, index_map, p, window, sinks, min_tokens, block_size, near_lse,
-                 offset, start, capacity, exact);
+                 offset, start, capacity, exact, codes, ranges);
 }
 
 TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
   m.def(
       "select(Tensor q_index, Tensor k_index, int[] index_map, float p, int window, int sinks,"
       " int min_tokens, int block_size=1, Tensor? near_lse=None, Tensor? offset=None,"
-      " Tensor? start=None, int capacity=0, bool exact=True)"
+      " Tensor? start=None, int capacity=0, bool exact=True, Tensor? codes=None,"
+      " Tensor? ranges=None)"
       " -> (Tensor indices, Tensor counts, Tensor mass)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("select", &select_cpu); }

@@ -20,6 +20,8 @@ namespace rtpurbo {
 /// min_tokens far keys that join by rank even when p is reached, in blocks rounded up
 /// block_size 1, 16, 32 or 64: members are blocks n / block_size, weighed by their far keys
 /// capacity   room for members, 0 for ceil(N / block_size); a row that needs more has count -1
+/// codes      keys [0, Q) quantised, Q = 64 n: codes [B, Rk, Q, c] and ranges [B, Rk, n, 2 r] as
+///            quantize_index returns them; k_index then holds keys [Q, N)
 /// returns    indices int32 [B, R, M, capacity], ascending, -1 padded; counts int32 [B, R, M]; mass
 ///            [B, R, M] float32 (float64 for float64), the recovered share. A NaN or +inf logit
 ///            selects all far keys and gives a NaN mass; a row that sees no key: count 0, mass 1.
@@ -29,6 +31,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select(
     int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size = 1,
     const std::optional<at::Tensor>& near_lse = std::nullopt,
     const std::optional<at::Tensor>& offset = std::nullopt,
-    const std::optional<at::Tensor>& start = std::nullopt, int64_t capacity = 0, bool exact = true);
+    const std::optional<at::Tensor>& start = std::nullopt, int64_t capacity = 0, bool exact = true,
+    const std::optional<at::Tensor>& codes = std::nullopt,
+    const std::optional<at::Tensor>& ranges = std::nullopt);
 
 }  // namespace rtpurbo

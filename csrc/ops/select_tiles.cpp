@@ -17,7 +17,8 @@ Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
                         at::IntArrayRef index_map, const at::Tensor& threshold, int64_t window,
                         int64_t sinks, int64_t min_blocks, int64_t tile, int64_t block_size,
                         const MaybeTensor& near_lse, const MaybeTensor& offset,
-                        const MaybeTensor& start, int64_t capacity, std::string_view rank) {
+                        const MaybeTensor& start, int64_t capacity, std::string_view rank,
+                        const MaybeTensor& codes, const MaybeTensor& ranges) {
   constexpr const char* kOp = "select_tiles";
   TORCH_CHECK_VALUE(min_blocks >= 0, "rtpurbo::select_tiles: min_blocks must be >= 0, got ",
                     min_blocks);
@@ -28,7 +29,7 @@ Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
   TORCH_CHECK_VALUE(rank == "sum" || rank == "max",
                     "rtpurbo::select_tiles: rank must be 'sum' or 'max', got '", rank, "'");
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
-                                 near_lse, offset, start);
+                                 near_lse, offset, start, {codes, ranges});
   const at::ScalarType accum = arguments.params().accum;
   const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, accum);
 
@@ -57,19 +58,20 @@ Result select_tiles(const at::Tensor& q_index, const at::Tensor& k_index, at::In
                     const at::Tensor& threshold, int64_t window, int64_t sinks, int64_t min_blocks,
                     int64_t tile, int64_t block_size, const MaybeTensor& near_lse,
                     const MaybeTensor& offset, const MaybeTensor& start, int64_t capacity,
-                    std::string_view rank) {
+                    std::string_view rank, const MaybeTensor& codes, const MaybeTensor& ranges) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rtpurbo::select_tiles", "")
                              .typed<decltype(select_tiles)>();
   return op.call(q_index, k_index, index_map, threshold, window, sinks, min_blocks, tile,
-                 block_size, near_lse, offset, start, capacity, rank);
+                 block_size, near_lse, offset, start, capacity, rank, codes, ranges);
 }
 
 TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
   m.def(
       "select_tiles(Tensor q_index, Tensor k_index, int[] index_map, Tensor threshold, int window,"
       " int sinks, int min_blocks, int tile=128, int block_size=64, Tensor? near_lse=None,"
-      " Tensor? offset=None, Tensor? start=None, int capacity=0, str rank=\"sum\")"
+      " Tensor? offset=None, Tensor? start=None, int capacity=0, str rank=\"sum\","
+      " Tensor? codes=None, Tensor? ranges=None)"
       " -> (Tensor block_indices, Tensor block_counts, Tensor mass)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("select_tiles", &select_tiles_cpu); }

@@ -14,7 +14,8 @@ namespace rtpurbo {
 /// of the row's mass; others join by decreasing weight, ties by lower block, until the pooled share
 /// reaches the head's threshold and at least min_blocks have joined.
 ///
-/// q_index   [B, R, M, r]; k_index [B, Rk, N, r]; index_map, near_lse, offset, start as in `select`
+/// q_index   [B, R, M, r]; k_index [B, Rk, N, r]; index_map, near_lse, offset, start,
+///           codes, ranges as in `select`
 /// threshold [R]; tiles are rows [t tile, (t + 1) tile), blocks are keys n / block_size
 /// rank      "sum": a block counts with its exp-sum; "max": with the exp of its largest logit
 /// capacity  room for blocks, 0 for all; a tile that needs more has count -1 (attend densely)
@@ -28,6 +29,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_tiles(
     const std::optional<at::Tensor>& near_lse = std::nullopt,
     const std::optional<at::Tensor>& offset = std::nullopt,
     const std::optional<at::Tensor>& start = std::nullopt, int64_t capacity = 0,
-    std::string_view rank = "sum");
+    std::string_view rank = "sum", const std::optional<at::Tensor>& codes = std::nullopt,
+    const std::optional<at::Tensor>& ranges = std::nullopt);
 
 }  // namespace rtpurbo

@@ -6,6 +6,7 @@ from rtpurbo.ops.decode import decode
 from rtpurbo.ops.index_kl import index_kl
 from rtpurbo.ops.index_project import index_project
 from rtpurbo.ops.near_lse import near_lse
+from rtpurbo.ops.quantize_index import quantize_index
 from rtpurbo.ops.retrieval_scores import retrieval_scores
 from rtpurbo.ops.select import select
 from rtpurbo.ops.select_tiles import select_tiles
@@ -20,6 +21,7 @@ __all__ = [
     "index_kl",
     "index_project",
     "near_lse",
+    "quantize_index",
     "retrieval_scores",
     "select",
     "select_tiles",

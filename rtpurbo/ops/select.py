@@ -22,6 +22,8 @@ def select(
     start: Tensor | None = None,
     capacity: int = 0,
     exact: bool = True,
+    codes: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The far keys that reach softmax mass p under the index: S_h(m) of the paper, never M x N.
 
@@ -44,6 +46,7 @@ def select(
         start: int64 [B], first real key of each sequence (left padding).
         capacity: room for members, 0 for ceil(N / block_size).
         exact: False may add the rest of the threshold's histogram bin (see top_p).
+        codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
 
     Returns:
         indices int32 [B, R, M, capacity], ascending and padded with -1; counts int32 [B, R, M], -1
@@ -53,6 +56,7 @@ def select(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range, device or dtype.
+        NotImplementedError: codes on CUDA.
     """
     return rtpurbo_ops.select(
         q_index,
@@ -68,6 +72,8 @@ def select(
         start,
         capacity,
         exact,
+        codes,
+        ranges,
     )
 
 
@@ -92,9 +98,12 @@ def _(
     start: Tensor | None = None,
     capacity: int = 0,
     exact: bool = True,
+    codes: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q_index.shape
-    room = capacity or -(-k_index.shape[2] // block_size)
+    keys = k_index.shape[2] + (0 if codes is None else codes.shape[2])
+    room = capacity or -(-keys // block_size)
     return (
         q_index.new_empty((batch, heads, rows, room), dtype=torch.int32),
         q_index.new_empty((batch, heads, rows), dtype=torch.int32),

@@ -25,6 +25,8 @@ def select_tiles(
     start: Tensor | None = None,
     capacity: int = 0,
     rank: Literal["sum", "max"] = "sum",
+    codes: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block lists for sparse prefill: what `attention` takes as block_indices and block_counts.
 
@@ -47,6 +49,7 @@ def select_tiles(
         start: int64 [B], first real key of each sequence (left padding).
         capacity: room for blocks, 0 for all of them.
         rank: "sum" weighs a block by its exp-sum, "max" by the exp of its largest logit.
+        codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
 
     Returns:
         block_indices int32 [B, R, T, capacity], T = ceil(M / tile), complete lists, ascending and
@@ -73,6 +76,8 @@ def select_tiles(
         start,
         capacity,
         rank,
+        codes,
+        ranges,
     )
 
 
@@ -92,10 +97,13 @@ def _(
     start: Tensor | None = None,
     capacity: int = 0,
     rank: str = "sum",
+    codes: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q_index.shape
     tiles = -(-rows // tile)
-    room = capacity or -(-k_index.shape[2] // block_size)
+    keys = k_index.shape[2] + (0 if codes is None else codes.shape[2])
+    room = capacity or -(-keys // block_size)
     return (
         q_index.new_empty((batch, heads, tiles, room), dtype=torch.int32),
         q_index.new_empty((batch, heads, tiles), dtype=torch.int32),

@@ -6,6 +6,7 @@
 
 #include "csrc/ops/index_kl.h"
 #include "csrc/ops/index_project.h"
+#include "csrc/ops/quantize_index.h"
 #include "csrc/ops/retrieval_scores.h"
 #include "csrc/ops/select.h"
 #include "csrc/ops/select_tiles.h"
@@ -113,6 +114,23 @@ TEST_CASE("index_kl repeats its bits, whatever the number of threads", "[index_k
   CHECK(std::get<2>(first).equal(std::get<2>(again)));
   CHECK(std::get<3>(first).equal(std::get<3>(again)));
   CHECK(std::get<4>(first).equal(std::get<4>(again)));
+}
+
+TEST_CASE("quantize_index packs two dimensions a byte, and select reads them", "[quantize_index]") {
+  // Dimension 0 counts 0 to 15 over and over, dimension 1 backwards from 30 by twos.
+  const at::Tensor count = at::arange(64, at::kFloat).remainder(16);
+  const at::Tensor keys = at::stack({count, 30 - 2 * count}, -1).view({1, 1, 64, 2});
+  const auto [codes, ranges] = rtpurbo::quantize_index(keys, 4);
+  CHECK(codes.flatten().equal((count + 16 * (15 - count)).to(at::kByte)));
+  CHECK(ranges.flatten().equal(at::tensor({0.0F, 0.0F, 1.0F, 2.0F}).to(at::kHalf)));
+
+  const at::Tensor query = at::randn({1, 1, 1, 2});
+  const at::Tensor tail = at::randn({1, 1, 3, 2});
+  const auto plain = rtpurbo::select(query, at::cat({keys, tail}, 2), {0}, 0.9, 2, 1, 4);
+  const auto coded = rtpurbo::select(query, tail, {0}, 0.9, 2, 1, 4, 1, std::nullopt, std::nullopt,
+                                     std::nullopt, 0, true, codes, ranges);
+  CHECK(std::get<0>(coded).equal(std::get<0>(plain)));
+  CHECK(std::get<2>(coded).equal(std::get<2>(plain)));
 }
 
 TEST_CASE("the index operators name what is wrong", "[select][index_kl]") {

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from rtpurbo import ops
-from tests.samples import index_kl_samples, index_project_samples, select_tiles_samples
+from tests.samples import (
+    index_kl_samples,
+    index_project_samples,
+    quantize_index_samples,
+    select_samples,
+    select_tiles_samples,
+)
 
 
 def on_cuda(sample):
@@ -36,3 +42,12 @@ def test_select_tiles():
             NotImplementedError, match=r"rtpurbo::select_tiles: no CUDA kernel yet; use .*'dense'"
         ):
             ops.select_tiles(**on_cuda(sample))
+
+
+def test_quantised_index_keys():
+    coded = [s for s in select_samples(torch.float32) if "codes" in s.arguments]
+    for sample in (*quantize_index_samples(torch.float32), *coded):
+        with pytest.raises(
+            NotImplementedError, match=rf"{sample.op}: 4- and 8-bit .* use .*index_bits=16"
+        ):
+            getattr(ops, sample.op)(**on_cuda(sample))

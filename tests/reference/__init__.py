@@ -11,6 +11,7 @@ from tests.reference.decode import decode
 from tests.reference.index_kl import index_kl
 from tests.reference.index_project import index_project
 from tests.reference.near_lse import near_lse
+from tests.reference.quantize_index import quantize_index
 from tests.reference.retrieval_scores import retrieval_scores
 from tests.reference.select import select
 from tests.reference.select_tiles import select_tiles
@@ -25,6 +26,7 @@ __all__ = [
     "index_kl",
     "index_project",
     "near_lse",
+    "quantize_index",
     "retrieval_scores",
     "select",
     "select_tiles",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.masks import last_positions, near, visible
+from tests.reference.quantize_index import all_keys
 from tests.reference.softmax import log_sum_exp
 from tests.reference.top_p import top_p_row
 
@@ -33,8 +34,11 @@ def select(
     start: Tensor | None = None,
     capacity: int = 0,
     exact: bool = True,
+    codes: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q_index.shape
+    k_index = all_keys(k_index, codes, ranges)
     keys = k_index.shape[2]
     logits = index_logits(q_index, k_index, index_map, offset)
     positions = last_positions(rows, keys, batch)

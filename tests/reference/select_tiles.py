@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.masks import last_positions, near, visible
+from tests.reference.quantize_index import all_keys
 from tests.reference.select import index_logits
 
 
@@ -24,8 +25,11 @@ def select_tiles(
     start: Tensor | None = None,
     capacity: int = 0,
     rank: str = "sum",
+    codes: Tensor | None = None,
+    ranges: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q_index.shape
+    k_index = all_keys(k_index, codes, ranges)
     keys = k_index.shape[2]
     tiles, blocks = -(-rows // tile), -(-keys // block_size)
     columns = capacity or blocks

@@ -4,6 +4,7 @@
 
 #include "csrc/ops/common/check.h"
 #include "csrc/ops/common/heads.h"
+#include "csrc/ops/common/index_block.h"
 
 namespace rtpurbo {
 namespace {
@@ -17,6 +18,34 @@ at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
                {q_index.size(0), q_index.size(1), q_index.size(2)});
   check_device(op, "near_lse", *near_lse, "q_index", q_index);
   return near_lse->to(dtype).contiguous();
+}
+
+/// Checks the quantised keys of q_index and k_index; returns how many there are.
+int64_t check_quantised(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
+                        const Quantised& quantised) {
+  const auto& [codes, ranges] = quantised;
+  TORCH_CHECK_VALUE(codes.has_value() == ranges.has_value(), "rtpurbo::", op,
+                    ": codes and ranges must come together, as quantize_index returns them");
+  if (!codes) return 0;
+  const int64_t dim = k_index.size(3);
+  check_dtype(op, "codes", *codes, at::kByte);
+  check_tensor(op, "codes", *codes, "[B, Rk, Q, r or ceil(r / 2)]",
+               {k_index.size(0), k_index.size(1), kAnySize, kAnySize});
+  check_device(op, "codes", *codes, "q_index", q_index);
+  const int64_t coded = codes->size(2);
+  TORCH_CHECK_VALUE(codes->size(3) == code_bytes(dim, 8) || codes->size(3) == code_bytes(dim, 4),
+                    "rtpurbo::", op, ": codes must have r = ", dim, " bytes a key or half of them",
+                    ", got ", codes->size(3));
+  TORCH_CHECK_VALUE(coded % kIndexBlock == 0, "rtpurbo::", op, ": codes must hold a multiple of ",
+                    kIndexBlock, " keys, got ", coded);
+  check_dtype(op, "ranges", *ranges, at::kHalf);
+  check_tensor(op, "ranges", *ranges, "[B, Rk, Q / 64, 2 r]",
+               {k_index.size(0), k_index.size(1), coded / kIndexBlock, 2 * dim});
+  check_device(op, "ranges", *ranges, "q_index", q_index);
+  TORCH_CHECK_VALUE(k_index.size(2) + coded <= INT32_MAX, "rtpurbo::", op,
+                    ": k_index and codes must have N <= 2^31 - 1 keys, got ",
+                    k_index.size(2) + coded);
+  return coded;
 }
 
 const void* data_or_null(const at::Tensor& tensor) {
@@ -62,22 +91,28 @@ IndexArguments::IndexArguments(const char* op, const at::Tensor& q_index, const 
                                at::IntArrayRef index_map, int64_t window, int64_t sinks,
                                int64_t block_size, const std::optional<at::Tensor>& near_lse,
                                const std::optional<at::Tensor>& offset,
-                               const std::optional<at::Tensor>& start) {
+                               const std::optional<at::Tensor>& start, const Quantised& quantised) {
   check_index(op, q_index, k_index, index_map);
-  TORCH_CHECK_VALUE(k_index.size(2) >= q_index.size(2), "rtpurbo::", op,
+  const int64_t coded = check_quantised(op, q_index, k_index, quantised);
+  const int64_t keys = coded + k_index.size(2);
+  TORCH_CHECK_VALUE(keys >= q_index.size(2), "rtpurbo::", op,
                     ": k_index must hold at least the keys of the ", q_index.size(2),
-                    " query rows, got N = ", k_index.size(2));
+                    " query rows, got N = ", keys);
   check_mask(op, window, sinks, 1.0);
   check_start(op, start, q_index.size(0), q_index);
   const at::ScalarType accum = accumulation_type(q_index, k_index);
   near_lse_ = per_row(op, near_lse, q_index, accum);
   offset_ = per_head(op, "offset", offset, q_index, accum);
-  const int64_t keys = k_index.size(2);
   params_ = {.q_dtype = q_index.scalar_type(),
              .k_dtype = k_index.scalar_type(),
              .accum = accum,
              .q_index = heads_view(q_index),
              .k_index = heads_view(k_index),
+             .codes = quantised.codes ? heads_view(*quantised.codes) : HeadsView{},
+             .ranges = quantised.ranges ? heads_view(*quantised.ranges) : HeadsView{},
+             // A single dimension's 4-bit codes have empty upper halves: they read as 8-bit ones.
+             .code_bits = quantised.codes && quantised.codes->size(3) == q_index.size(3) ? 8 : 4,
+             .coded = coded,
              .index_map = index_map.data(),
              .near_lse_ptr = data_or_null(near_lse_),
              .offset_ptr = data_or_null(offset_),

@@ -21,14 +21,20 @@ at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b);
 void check_index(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                  at::IntArrayRef index_map);
 
+/// Index keys before those of k_index, as quantize_index makes them; both or neither.
+struct Quantised {
+  const std::optional<at::Tensor>& codes;
+  const std::optional<at::Tensor>& ranges;
+};
+
 /// The checked arguments of a selecting operator as kernel parameters, with the tensors that these
-/// point into. q_index, k_index and index_map must outlive it.
+/// point into. q_index, k_index, index_map and the quantised keys must outlive it.
 class IndexArguments {
  public:
   IndexArguments(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                  at::IntArrayRef index_map, int64_t window, int64_t sinks, int64_t block_size,
                  const std::optional<at::Tensor>& near_lse, const std::optional<at::Tensor>& offset,
-                 const std::optional<at::Tensor>& start);
+                 const std::optional<at::Tensor>& start, const Quantised& quantised);
 
   const cpu::IndexParams& params() const { return params_; }
 
