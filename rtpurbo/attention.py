@@ -7,6 +7,7 @@
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
+Every row sees its near keys in 16 bits: the cache quantises at the end of a forward (`settle`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from rtpurbo import ops
-from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer
+from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer, IndexKeys
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
 
@@ -144,13 +145,15 @@ def _whole(
     """A sequence without cached tokens: prefill and training."""
     config = context.state.config
     q_index, k_index = _project(context, needed=context.cache is not None)
-    lists = _tiles(context, q, k, context.owners, q_index, k_index, start, scale)
+    keys = None if k_index is None else IndexKeys(k_index)
+    lists = _tiles(context, q, k, context.owners, q_index, keys, start, scale)
     out, _ = ops.attention(
         q, k, v, context.heads, config.window, config.sinks, scale, start,
         block_indices=lists.indices, block_counts=lists.counts, tile=TILE, block_size=TILE_BLOCK,
     )  # fmt: skip
     if context.cache is not None:
         context.cache.append(k.detach(), v.detach(), k_index, start)
+        context.cache.settle()
         lists.keep(context.cache)
     return out
 
@@ -166,12 +169,13 @@ def _chunk(
     k_pages, v_pages = cache.pages()
     keys = cache.index_keys() if context.heads else None
     lists = _tiles(context, q, k_pages, context.page_heads, q_index, keys, cache.start, scale)
-    lists.keep(cache)
     out, _ = ops.attention(
         q, k_pages, v_pages, context.heads, config.window, config.sinks, scale, cache.start,
         k_local=k_local, v_local=v_local, start_local=start_local,
         block_indices=lists.indices, block_counts=lists.counts, tile=TILE, block_size=TILE_BLOCK,
     )  # fmt: skip
+    cache.settle()
+    lists.keep(cache)
     return out
 
 
@@ -187,10 +191,12 @@ def _decode(
     has_far_keys = cache.length > config.near_window + config.sinks
     if q_index is not None and has_far_keys:
         near = _near_lse(context, q, k_pages, context.page_heads, start, scale)
+        keys = cache.index_keys()
         last.indices, last.counts, last.mass = ops.select(
-            q_index, cache.index_keys(), context.index.index_map, config.top_p,
+            q_index, keys.keys, context.index.index_map, config.top_p,
             config.near_window, config.sinks, config.min_tokens, block_size=config.block_size,
             near_lse=near, offset=_offset(context), start=start,
+            codes=keys.codes, ranges=keys.ranges,
         )  # fmt: skip
     local = bool(cache.layout.local_heads)
     out, last.lse = ops.decode(
@@ -199,6 +205,7 @@ def _decode(
         block_size=config.block_size, k_local=cache.k_ring if local else None,
         v_local=cache.v_ring if local else None, start=start, length=cache.length,
     )  # fmt: skip
+    cache.settle()
     last.keep(cache)
     context.last = last
     return out
@@ -233,18 +240,18 @@ def _offset(context: LayerContext) -> Tensor | None:
 
 def _tiles(
     context: LayerContext, q: Tensor, k: Tensor, k_heads: list[int], q_index: Tensor | None,
-    k_index: Tensor | None, start: Tensor | None, scale: float,
+    keys: IndexKeys | None, start: Tensor | None, scale: float,
 ) -> LastForward:  # fmt: skip
     """What retrieval heads see in prefill: block lists, or nothing where they run dense."""
     config = context.state.config
     last = context.last = LastForward(q.shape[2], k.shape[2], q.shape[0], start, scale)
-    if q_index is not None and k_index is not None and config.prefill == "sparse":
+    if q_index is not None and keys is not None and config.prefill == "sparse":
         index, q, k = context.index, q.detach(), k.detach()
         last.indices, last.counts, last.mass = ops.select_tiles(
-            q_index, k_index, index.index_map, index.threshold, config.near_window, config.sinks,
+            q_index, keys.keys, index.index_map, index.threshold, config.near_window, config.sinks,
             min_tile_blocks(config), tile=TILE,
             block_size=TILE_BLOCK, near_lse=_near_lse(context, q, k, k_heads, start, scale),
-            offset=_offset(context), start=start,
+            offset=_offset(context), start=start, codes=keys.codes, ranges=keys.ranges,
         )  # fmt: skip
     return last
 

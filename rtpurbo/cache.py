@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,8 +10,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from rtpurbo import ops
 from rtpurbo._C import HeadwiseLayout
+from rtpurbo.ops.quantize_index import INDEX_BLOCK
 
 INDEX_DTYPE = torch.float16
+
+
+class IndexKeys(NamedTuple):
+    """Stored index keys: [0, Q) as codes and ranges, or None; [Q, N) as keys [B, Rk, N - Q, r]."""
+
+    keys: Tensor
+    codes: Tensor | None = None
+    ranges: Tensor | None = None
 
 
 class HeadwiseLayer(CacheLayerMixin):
@@ -22,7 +31,10 @@ class HeadwiseLayer(CacheLayerMixin):
         start: int64 [B], first real key of each sequence, or None without padding.
         k_pages, v_pages: [B, F, page capacity, D], the KV heads that hold a retrieval head.
         k_ring, v_ring: [B, L, ring capacity, D], the others; slots as `ops.cache_append` has them.
-        index_pages: [B, Rk, page capacity, r] float16.
+        index_bits: bits of a stored index-key dimension.
+        index_pages: [B, Rk, page capacity, r] float16, with 16 bits.
+        index_codes, index_ranges, index_tail: with fewer, what `ops.quantize_index` made of the
+            first `layout.coded` tokens, and the others [B, Rk, tail capacity, r] float16.
     """
 
     is_sliding = False
@@ -30,9 +42,12 @@ class HeadwiseLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, layout: HeadwiseLayout, sinks: int, token: str) -> None:
+    def __init__(
+        self, layout: HeadwiseLayout, sinks: int, token: str, index_bits: int = 16
+    ) -> None:
         super().__init__()
         self.layout = layout
+        self.index_bits = index_bits
         self.sinks = sinks
         self.token = token
         self.start: Tensor | None = None
@@ -72,7 +87,14 @@ class HeadwiseLayer(CacheLayerMixin):
         return key_states, value_states
 
     def append(self, k: Tensor, v: Tensor, k_index: Tensor | None, start: Tensor | None) -> None:
-        """Stores M new tokens: k, v [B, Hk, M, D] after RoPE, k_index [B, Rk, M, r]."""
+        """Stores M new tokens: k, v [B, Hk, M, D] after RoPE, k_index [B, Rk, M, r].
+
+        `settle` must follow once they are attended.
+        """
+        if k_index is not None and self.index_bits < 16 and "index_codes" not in self.tensors:
+            # No codes yet, but a device without the kernel refuses here and not blocks later.
+            nothing = ops.quantize_index(k_index[:, :, :0], self.index_bits)
+            self.tensors["index_codes"], self.tensors["index_ranges"] = nothing
         if self.length == 0:
             self.start = start
         if self.layout.reserve(k.shape[2]):
@@ -83,8 +105,33 @@ class HeadwiseLayer(CacheLayerMixin):
             self.layout.full_heads, position, self.sinks, self.start,
         )  # fmt: skip
         if k_index is not None:
-            ops.cache_append_index(k_index, self.index_pages, position)
+            self._append_index(k_index)
         self.layout.advance(k.shape[2])
+
+    def _append_index(self, k_index: Tensor) -> None:
+        name, slot = "index_pages", self.length
+        if self.index_bits < 16:
+            name, slot = "index_tail", self.length - self.layout.coded
+            room = max(self.layout.tail_capacity, slot + k_index.shape[2])
+            self._resize(name, k_index, k_index.shape[1], room)
+        ops.cache_append_index(k_index, self.tensors[name], slot)
+
+    def settle(self) -> None:
+        """Quantises the index keys that no later row sees as near, in whole blocks."""
+        if "index_tail" not in self.tensors:
+            return
+        layout, tail, position = self.layout, self.index_tail, self.layout.coded
+        joined = layout.settle()
+        if joined:
+            codes, ranges = ops.quantize_index(tail[:, :, :joined], self.index_bits)
+            for name, new, size in (
+                ("index_codes", codes, 1), ("index_ranges", ranges, INDEX_BLOCK),
+            ):  # fmt: skip
+                self._resize(name, new, new.shape[1], layout.code_capacity // size)
+                ops.cache_append_index(new, self.tensors[name], position // size)
+        if joined or tail.shape[2] != layout.tail_capacity:
+            rest = tail[:, :, joined : self.length - position]
+            self.tensors["index_tail"] = _with_room(rest, layout.tail_capacity)
 
     def unroll(self, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Local keys, values and their start for M new tokens: cached ones in order, then these."""
@@ -100,9 +147,16 @@ class HeadwiseLayer(CacheLayerMixin):
         """The stored keys and values of the full KV heads, [B, F, N, D]."""
         return self.k_pages[:, :, : self.length], self.v_pages[:, :, : self.length]
 
-    def index_keys(self) -> Tensor:
-        """The stored index keys, [B, Rk, N, r]."""
-        return self.index_pages[:, :, : self.length]
+    def index_keys(self) -> IndexKeys:
+        """The stored index keys."""
+        if self.index_bits == 16:
+            return IndexKeys(self.index_pages[:, :, : self.length])
+        coded = self.layout.coded
+        return IndexKeys(
+            self.index_tail[:, :, : self.length - coded],
+            self.index_codes[:, :, :coded],
+            self.index_ranges[:, :, : coded // INDEX_BLOCK],
+        )
 
     def _grow(self, k: Tensor, k_index: Tensor | None) -> None:
         layout = self.layout
@@ -113,18 +167,17 @@ class HeadwiseLayer(CacheLayerMixin):
         shapes["v_pages"], shapes["v_ring"] = shapes["k_pages"], shapes["k_ring"]
         for name, (heads, capacity) in shapes.items():
             self._resize(name, k, heads, capacity)
-        if k_index is not None:
+        if k_index is not None and self.index_bits == 16:
             self._resize("index_pages", k_index, k_index.shape[1], layout.page_capacity)
         self.is_initialized = True
         self.device = k.device
 
     def _resize(self, name: str, like: Tensor, heads: int, capacity: int) -> None:
         old = self.tensors.get(name)
-        if old is None or old.shape[2] != capacity:
-            new = like.new_empty(like.shape[0], heads, capacity, like.shape[3])
-            if old is not None:
-                new[:, :, : old.shape[2]] = old
-            self.tensors[name] = new
+        if old is None:
+            self.tensors[name] = like.new_empty(like.shape[0], heads, capacity, like.shape[3])
+        elif old.shape[2] != capacity:
+            self.tensors[name] = _with_room(old, capacity)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -185,9 +238,17 @@ class HeadwiseLayer(CacheLayerMixin):
         batch, size, layout = self.batch_size, self.k_pages.itemsize, self.layout
         return (
             layout.kv_bytes(batch, size),
-            layout.index_bytes(batch, INDEX_DTYPE.itemsize),
+            layout.index_bytes(batch),
             layout.dense_bytes(batch, size),
         )
+
+
+def _with_room(stored: Tensor, capacity: int) -> Tensor:
+    """A copy of stored [B, heads, n, D] with room for `capacity` tokens, n at most."""
+    batch, heads, count, dim = stored.shape
+    new = stored.new_empty(batch, heads, capacity, dim)
+    new[:, :, :count] = stored
+    return new
 
 
 class RTPurboCache(Cache):
@@ -240,8 +301,10 @@ def make_layers(state: Any) -> list[HeadwiseLayer]:
             head_dim=sizes.head_dim,
             index_heads=len(context.index.kv_heads) if context.heads else 0,
             index_dim=config.index_dim,
+            index_bits=config.index_bits,
+            index_window=config.near_window,
         )
-        layers.append(HeadwiseLayer(layout, config.sinks, state.token))
+        layers.append(HeadwiseLayer(layout, config.sinks, state.token, config.index_bits))
     return layers
 
 

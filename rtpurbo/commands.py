@@ -151,6 +151,9 @@ def adapt(
     share_index_keys: Annotated[
         bool, typer.Option("--share-index-keys", help="One index key a KV head.")
     ] = False,
+    index_bits: Annotated[
+        int, typer.Option(help="Bits of an index-key dimension in the cache: 16, 8, 4.")
+    ] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 32768,
     sequences: Annotated[int, typer.Option(help="Training sequences of each stage.")] = 600,
     index_steps: Annotated[int, typer.Option(help="Steps of stage 1, 0 for none.")] = 600,
@@ -184,6 +187,7 @@ def adapt(
         block_size=block_size,
         prefill=prefill.value,
         share_index_keys=share_index_keys,
+        index_bits=index_bits,
     )
     check_destination(output)
     for folder in (output.absolute().parent, work):

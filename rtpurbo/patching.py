@@ -217,11 +217,6 @@ def _check(config: RTPurboConfig, sizes: families.Geometry, identity: str) -> No
             f"rtpurbo.sparsify: config.heads was found on model {heads.model_id}, this one is "
             f"{identity}; detect the heads of this model"
         )
-    if config.index_bits != 16:
-        raise NotImplementedError(
-            f"rtpurbo.sparsify: config.index_bits must be 16 for now, got {config.index_bits}; "
-            "fewer bits arrive with the GPU decode"
-        )
     if sizes.head_dim % _HEAD_DIM_MULTIPLE or sizes.group > _MAX_GROUP:
         raise NotImplementedError(
             f"rtpurbo.sparsify: head_dim must be a multiple of {_HEAD_DIM_MULTIPLE} and a KV head "

@@ -49,7 +49,7 @@ def test_layout_counts_bytes():
     made.reserve(640)
     made.advance(640)
     assert made.kv_bytes(2, 4) == 2 * 2 * 4 * 16 * (640 + 2 * 104)
-    assert made.index_bytes(2, 2) == 2 * 2 * 2 * 8 * 640
+    assert made.index_bytes(2) == 2 * 2 * 2 * 8 * 640
     assert made.dense_bytes(2, 4) == 2 * 2 * 4 * 16 * 3 * 640
 
 

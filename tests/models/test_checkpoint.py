@@ -25,7 +25,7 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family, tmp_path):
-    settings = config(window=8, top_p=0.7, index="full", share_index_keys=True)
+    settings = config(window=8, top_p=0.7, index="full", share_index_keys=True, index_bits=4)
     model, ids = rtpurbo.sparsify(tiny(family), settings), tokens(60)
     index = state(model).index
     for layer in index.layers.values():

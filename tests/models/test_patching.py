@@ -38,8 +38,6 @@ def test_own_sliding_window_is_refused():
 
 @pytest.mark.parametrize("change, error", [
     ({"roles": torch.zeros(LAYERS + 1, HEADS, dtype=torch.bool)}, ValueError),
-    ({"index_bits": 8}, NotImplementedError),
-    ({"index_bits": 4}, NotImplementedError),
 ])  # fmt: skip
 def test_refusal_leaves_the_model_alone(change, error):
     model = tiny()

@@ -43,7 +43,7 @@ def heads_first(x, heads):
 
 @pytest.mark.parametrize("settings", [
     {}, {"index": "full"}, {"block_size": 16}, {"share_index_keys": True}, {"min_tokens": 30},
-    {"top_p": 0.05, "min_tokens": 0},
+    {"top_p": 0.05, "min_tokens": 0}, {"index_bits": 8}, {"index_bits": 4, "index": "full"},
 ], ids=lambda s: "-".join(map(str, s.values())) or "default")  # fmt: skip
 def test_decode_of_the_first_layer(settings):
     """The operators' references, fed from the model's own projections, give o_proj's input."""
@@ -71,9 +71,14 @@ def test_decode_of_the_first_layer(settings):
     q_index, k_index = reference.index_project(
         q_pre[:, :, -1:], k_pre, index.w_q, index.w_k, heads, index.kv_heads
     )
+    stored = dict(k_index=k_index.half())
+    if chosen.index_bits < 16:  # all but the last token is settled
+        far, stored["k_index"] = stored["k_index"].split([64, 26], 2)
+        stored["codes"], stored["ranges"] = reference.quantize_index(far, chosen.index_bits)
     indices, counts, mass = reference.select(
-        q_index.half(), k_index.half(), index.index_map, chosen.top_p, chosen.near_window, SINKS,
-        chosen.min_tokens, chosen.block_size, near_lse=near, start=start,
+        q_index.half(), index_map=index.index_map, p=chosen.top_p, window=chosen.near_window,
+        sinks=SINKS, min_tokens=chosen.min_tokens, block_size=chosen.block_size,
+        near_lse=near, start=start, **stored,
         offset=index.offset if near is not None else None,
     )  # fmt: skip
     out, _ = reference.decode(
