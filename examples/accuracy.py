@@ -103,11 +103,11 @@ def distil(arguments: argparse.Namespace) -> None:
     dense = evaluate(original, tokenizer, **measure)
     before = evaluate(model, tokenizer, reference=original, modes=["sparse"], **measure)
     samples = rtpurbo.data.excerpts(
-        tokenizer, rtpurbo.data.prose(["cpython", "torch", "transformers"]), arguments.length,
-        arguments.steps,
+        tokenizer, rtpurbo.data.prose(arguments.source), arguments.length, arguments.steps
     )  # fmt: skip
     result = rtpurbo.distill(
-        model, samples, steps=arguments.steps, batch_size=1, warmup=arguments.steps // 5,
+        model, samples, steps=arguments.steps, lr=arguments.lr, batch_size=1,
+        warmup=arguments.steps // 5,
         gradient_checkpointing=False, mixed_precision=arguments.precision, progress=False,
     )  # fmt: skip
     after = evaluate(model, tokenizer, reference=original, modes=["sparse"], **measure)
@@ -155,6 +155,8 @@ def main() -> None:
     second.add_argument("--length", type=int, default=2048)
     second.add_argument("--window", type=int, default=256)
     second.add_argument("--steps", type=int, default=150)
+    second.add_argument("--lr", type=float, default=1e-5)
+    second.add_argument("--source", nargs="+", default=["cpython"], help="prose to train on")
     second.add_argument("--precision", choices=["no", "bf16"], default="no")
     second.set_defaults(run=distil)
     arguments = parser.parse_args()
