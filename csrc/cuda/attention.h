@@ -4,12 +4,10 @@
 #include <cstdint>
 
 #include "csrc/cuda/element_type.h"
+#include "csrc/cuda/limits.h"
 #include "csrc/ops/common/heads_view.h"
 
 namespace rtpurbo::cuda {
-
-/// Largest head dim of the attention kernels.
-inline constexpr int64_t kMaxHeadDim = 256;
 
 /// A query head, the head of k and v that it reads and which keys of it.
 struct HeadJob {

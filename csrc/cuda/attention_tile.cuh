@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "csrc/cuda/attention.h"
+#include "csrc/cuda/head_rows.cuh"
 
 namespace rtpurbo::cuda {
 
@@ -139,12 +140,6 @@ __device__ inline TileKeys tile_keys(const AttentionParams& params, const RowTil
   const int64_t total = (to - from) * size - keys.skipped - beyond;
   keys.count = static_cast<int>(min(total, static_cast<int64_t>(end)));
   return keys;
-}
-
-/// Row 0 of a head of a [B, H, S, D] tensor.
-template <typename T>
-__device__ T* head_rows(const HeadsView& view, int64_t batch, int64_t head) {
-  return static_cast<T*>(view.ptr) + batch * view.batch_stride + head * view.head_stride;
 }
 
 /// Runs kernel(params, grid) with one block per tile of kRows rows.

@@ -1,14 +1,14 @@
 #include <algorithm>
 
+#include "csrc/cuda/alignment.h"
 #include "csrc/cuda/decode.h"
 #include "csrc/cuda/decode/merge.cuh"
 #include "csrc/cuda/decode/split_mma.cuh"
 #include "csrc/cuda/decode/split_simt.cuh"
+#include "csrc/cuda/integers.h"
 
 namespace rtpurbo::cuda {
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Most keys that a set may read.
 int64_t most_keys(const DecodeParams& p) {
@@ -25,12 +25,7 @@ int64_t most_keys(const DecodeParams& p) {
 
 size_t stats_bytes(const DecodeParams& p) {
   const int64_t bytes = p.batch * p.splits * p.slots_count * static_cast<int64_t>(sizeof(float2));
-  return static_cast<size_t>(divide_up(bytes, 256) * 256);
-}
-
-bool rows_aligned(const HeadsView& view) {
-  return reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 && view.batch_stride % 8 == 0 &&
-         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
+  return static_cast<size_t>(round_up(bytes, 256));
 }
 
 /// Whether a block's shared memory fits the current device.
@@ -60,8 +55,8 @@ template <typename T>
 cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 grid,
                           cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (rows_aligned(p.q) && rows_aligned(p.k) && rows_aligned(p.v) && rows_aligned(p.k_local) &&
-        rows_aligned(p.v_local)) {
+    const auto aligned = [](const HeadsView& view) { return rows_are_aligned(view, sizeof(T)); };
+    if (aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.k_local) && aligned(p.v_local)) {
       switch (p.dim) {
         case 64:
           if (!tile_fits<64>()) break;

@@ -9,8 +9,6 @@
 
 namespace rtpurbo::cuda {
 
-constexpr int kMaxDim = 256;
-
 enum class DecodeKeys : uint8_t {
   kNear,     // sinks and window
   kVisible,  // every key

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "csrc/cuda/integers.h"
 #include "csrc/cuda/select.h"
 #include "csrc/cuda/select/emit.cuh"
 
@@ -8,10 +9,6 @@ namespace {
 
 constexpr int64_t kMembersAtOnce = 1 << 24;
 constexpr int64_t kMaxGridY = 65535;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 int64_t member_count(const SelectParams& p) { return round_up(divide_up(p.keys, p.block_size), 4); }
 

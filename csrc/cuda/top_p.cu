@@ -8,6 +8,7 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
+#include "csrc/cuda/ordered_key.cuh"
 #include "csrc/cuda/top_p.h"
 
 namespace rtpurbo::cuda {
@@ -34,12 +35,6 @@ using ScanPair = cub::BlockScan<Pair, kThreads>;
 /// The 32 bits of a key are found as digits of 11, 11 and 10 bits.
 __device__ constexpr int digit_shift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
 __device__ constexpr int digit_width(int pass) { return pass == 2 ? 10 : 11; }
-
-/// Larger scores get larger keys.
-__device__ uint32_t ordered_key(float score) {
-  const uint32_t bits = __float_as_uint(score == 0.0f ? 0.0f : score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 /// What is known of the threshold after some digits.
 struct Threshold {

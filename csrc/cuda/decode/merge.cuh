@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/head_rows.cuh"
 
 namespace rtpurbo::cuda {
 
@@ -53,7 +54,7 @@ __global__ __launch_bounds__(kMergeThreads) void merge_kernel(
   }
   total = block_reduce(total, [](float a, float b) { return a + b; });
   const float norm = total == 0.0f ? 0.0f : 1.0f / total;
-  T* out = static_cast<T*>(p.out.ptr) + batch * p.out.batch_stride + head * p.out.head_stride;
+  T* out = head_rows<T>(p.out, batch, head);
   const int column = threadIdx.x % kMergeColumns, group = threadIdx.x / kMergeColumns;
   for (int64_t d = column; d - column < p.dim; d += kMergeColumns) {
     float sum = 0.0f;

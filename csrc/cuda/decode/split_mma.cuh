@@ -5,9 +5,11 @@
 
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/ptx/cp_async.cuh"
 #include "csrc/cuda/ptx/ldmatrix.cuh"
 #include "csrc/cuda/ptx/mma.cuh"
+#include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
 
@@ -45,18 +47,15 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
   const Range range = split_range(keys.total(), split, p.splits, kTileKeys * kMmaWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
-  const T* k = static_cast<const T*>(k_view.ptr) + batch * k_view.batch_stride +
-               set.kv_head * k_view.head_stride;
-  const T* v = static_cast<const T*>(v_view.ptr) + batch * v_view.batch_stride +
-               set.kv_head * v_view.head_stride;
+  const T* k = head_rows<const T>(k_view, batch, set.kv_head);
+  const T* v = head_rows<const T>(v_view, batch, set.kv_head);
 
   char* queries = shared;
   for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kMmaWarps) {
     const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
     const bool used = row < set.heads_count;
     const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
-    const T* q =
-        static_cast<const T*>(p.q.ptr) + batch * p.q.batch_stride + head * p.q.head_stride + c * 8;
+    const T* q = head_rows<const T>(p.q, batch, head) + c * 8;
     ptx::cp_async_16(Tile::chunk(queries, row, c), q, used);
   }
 
@@ -90,7 +89,7 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
 #pragma unroll
   for (int i = 0; i < kDim / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-  const float scale = p.scale * 1.4426950408889634f;
+  const float scale = p.scale * kLog2E;
   // Lane's part of an ldmatrix address: row and 16-byte column of a 16 x 16 tile.
   const int matrix_row = lane % 16, matrix_column = lane / 16;
 

@@ -6,6 +6,9 @@
 
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/head_rows.cuh"
+#include "csrc/cuda/limits.h"
+#include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
 
@@ -14,9 +17,9 @@ constexpr int kSimtWarps = 8;
 template <typename T>
 __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
     const __grid_constant__ DecodeParams p, Partials partials) {
-  constexpr int kLaneDims = kMaxDim / 32;
+  constexpr int kLaneDims = kMaxHeadDim / 32;
   __shared__ float shared_max[kSimtWarps], shared_sum[kSimtWarps];
-  __shared__ float shared_out[kSimtWarps][kMaxDim];
+  __shared__ float shared_out[kSimtWarps][kMaxHeadDim];
   const DecodeSet& set = p.sets[blockIdx.y];
   const int split = blockIdx.x;
   const int64_t batch = blockIdx.z;
@@ -26,15 +29,13 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
   const Range range = split_range(keys.total(), split, p.splits, kSimtWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
-  const T* k = static_cast<const T*>(k_view.ptr) + batch * k_view.batch_stride +
-               set.kv_head * k_view.head_stride;
-  const T* v = static_cast<const T*>(v_view.ptr) + batch * v_view.batch_stride +
-               set.kv_head * v_view.head_stride;
-  const float scale = p.scale * 1.4426950408889634f;
+  const T* k = head_rows<const T>(k_view, batch, set.kv_head);
+  const T* v = head_rows<const T>(v_view, batch, set.kv_head);
+  const float scale = p.scale * kLog2E;
 
   for (int h = 0; h < set.heads_count; ++h) {
     const int64_t head = p.slot_heads[set.first_slot + h];
-    const T* q = static_cast<const T*>(p.q.ptr) + batch * p.q.batch_stride + head * p.q.head_stride;
+    const T* q = head_rows<const T>(p.q, batch, head);
     float query[kLaneDims], sums[kLaneDims];
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i) {

@@ -6,14 +6,15 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/ordered_key.cuh"
 #include "csrc/cuda/select.h"
+#include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
 
 /// A bin spans 2^(1/16) in weight below the row's largest score; the last one holds all the rest.
 constexpr int kBins = 2048;
 constexpr float kBinsPerOctave = 16.0f;
-constexpr float kLog2E = 1.4426950408889634f;
 
 /// Masses in a bin are relative to the bin's upper edge, in units of 2^-17: 32 bits hold those of
 /// kBinKeys members.
@@ -72,12 +73,7 @@ __device__ __forceinline__ float element(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-/// Larger scores get larger keys; 0 is below every score.
-__device__ __forceinline__ uint32_t ordered_key(float score) {
-  const uint32_t bits = __float_as_uint(score == 0.0f ? 0.0f : score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
+/// The score that an ordered key was made of.
 __device__ __forceinline__ float score_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }

@@ -1,0 +1,9 @@
+#pragma once
+#include <cstdint>
+
+namespace rtpurbo::cuda {
+
+/// Head dims that the attention and decode kernels are compiled for go up to this.
+inline constexpr int64_t kMaxHeadDim = 256;
+
+}  // namespace rtpurbo::cuda
