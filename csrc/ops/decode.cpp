@@ -15,6 +15,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/decode.h"
+#include "csrc/cuda/limits.h"
 #include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #endif
@@ -57,80 +58,82 @@ int64_t check_length(const at::Tensor& q, const at::Tensor& k, int64_t length) {
   return k.size(2);
 }
 
-/// What both devices compute from the checked arguments.
-struct Problem {
-  int64_t keys;
-  std::vector<cpu::HeadSet> sets;
-  at::Tensor out, lse;
-  at::Tensor indices, counts, start;  // kept alive for the pointers below
-  const int64_t* start_ptr;
-};
-
-Problem check_and_allocate(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
-                           int64_t sinks, double scale, const MaybeTensor& indices,
-                           const MaybeTensor& counts, int64_t block_size,
-                           const MaybeTensor& k_local, const MaybeTensor& v_local,
-                           const MaybeTensor& start, int64_t length) {
-  const int64_t kv_heads =
-      check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
-  check_mask(kOp, window, sinks, scale);
-  TORCH_CHECK_VALUE(near_window >= 1, "rtpurbo::decode: near_window must be >= 1, got ",
-                    near_window);
-  Problem problem;
-  problem.keys = check_length(q, k, length);
-  check_lists(q, static_cast<int64_t>(retrieval_heads.size()), indices, counts, block_size);
-  if (k_local) {
-    TORCH_CHECK_VALUE(k_local->size(1) == 0 || k_local->size(2) == sinks + window,
-                      "rtpurbo::decode: k_local must have sinks + window = ", sinks + window,
-                      " slots, got ", k_local->size(2));
+/// The checked arguments as kernel parameters, with the results and the tensors that these point
+/// into.
+class Arguments {
+ public:
+  Arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+            at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window, int64_t sinks,
+            double scale, const MaybeTensor& indices, const MaybeTensor& counts, int64_t block_size,
+            const MaybeTensor& k_local, const MaybeTensor& v_local, const MaybeTensor& start,
+            int64_t length) {
+    const int64_t kv_heads =
+        check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
+    check_mask(kOp, window, sinks, scale);
+    TORCH_CHECK_VALUE(near_window >= 1, "rtpurbo::decode: near_window must be >= 1, got ",
+                      near_window);
+    const int64_t keys = check_length(q, k, length);
+    const int64_t lists = static_cast<int64_t>(retrieval_heads.size());
+    check_lists(q, lists, indices, counts, block_size);
+    if (k_local) {
+      TORCH_CHECK_VALUE(k_local->size(1) == 0 || k_local->size(2) == sinks + window,
+                        "rtpurbo::decode: k_local must have sinks + window = ", sinks + window,
+                        " slots, got ", k_local->size(2));
+    }
+    out_ = at::empty({q.size(0), 1, q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+    lse_ =
+        at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::toOpMathType(q.scalar_type())));
+    sets_ =
+        head_sets(retrieval_heads, q.size(1), kv_heads, indices.has_value(), k_local.has_value());
+    if (indices) indices_ = indices->contiguous();
+    if (counts) counts_ = counts->contiguous();
+    params_ = {
+        .dtype = q.scalar_type(),
+        .q = heads_view(q),
+        .k = heads_view(k),
+        .v = heads_view(v),
+        .k_local = k_local ? heads_view(*k_local) : HeadsView{},
+        .v_local = v_local ? heads_view(*v_local) : HeadsView{},
+        .out = heads_view(out_),
+        .lse_ptr = lse_.mutable_data_ptr(),
+        .start_ptr = start_ptr(start, start_),
+        .indices_ptr = indices ? indices_.const_data_ptr<int32_t>() : nullptr,
+        .counts_ptr = counts ? counts_.const_data_ptr<int32_t>() : nullptr,
+        .batch = q.size(0),
+        .heads = q.size(1),
+        .length = keys,
+        .slots = k_local ? k_local->size(2) : 0,
+        .dim = q.size(3),
+        .lists = lists,
+        .capacity = indices ? indices->size(3) : 0,
+        .block_size = block_size,
+        .window = std::min(window, keys),
+        .near_window = std::min(near_window, keys),
+        .sinks = std::min(sinks, keys),
+        .scale = scale,
+        .head_sets = &sets_,
+    };
   }
-  problem.out = at::empty({q.size(0), 1, q.size(1), q.size(3)}, q.options()).transpose(1, 2);
-  problem.lse =
-      at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::toOpMathType(q.scalar_type())));
-  problem.sets =
-      head_sets(retrieval_heads, q.size(1), kv_heads, indices.has_value(), k_local.has_value());
-  if (indices) problem.indices = indices->contiguous();
-  if (counts) problem.counts = counts->contiguous();
-  problem.start_ptr = start_ptr(start, problem.start);
-  return problem;
-}
+  Arguments(const Arguments&) = delete;
+
+  const cpu::DecodeParams& params() const { return params_; }
+  Result result() const { return {out_, lse_}; }
+
+ private:
+  at::Tensor out_, lse_, indices_, counts_, start_;
+  std::vector<cpu::HeadSet> sets_;
+  cpu::DecodeParams params_;
+};
 
 Result decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   at::IntArrayRef retrieval_heads, int64_t window, int64_t near_window,
                   int64_t sinks, double scale, const MaybeTensor& indices,
                   const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
                   const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
-  const Problem problem =
-      check_and_allocate(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
-                         counts, block_size, k_local, v_local, start, length);
-  cpu::decode_kernel({
-      .dtype = q.scalar_type(),
-      .q = heads_view(q),
-      .k = heads_view(k),
-      .v = heads_view(v),
-      .k_local = k_local ? heads_view(*k_local) : HeadsView{},
-      .v_local = v_local ? heads_view(*v_local) : HeadsView{},
-      .out = heads_view(problem.out),
-      .lse_ptr = problem.lse.mutable_data_ptr(),
-      .start_ptr = problem.start_ptr,
-      .indices_ptr = indices ? problem.indices.const_data_ptr<int32_t>() : nullptr,
-      .counts_ptr = counts ? problem.counts.const_data_ptr<int32_t>() : nullptr,
-      .batch = q.size(0),
-      .heads = q.size(1),
-      .length = problem.keys,
-      .slots = k_local ? k_local->size(2) : 0,
-      .dim = q.size(3),
-      .lists = static_cast<int64_t>(retrieval_heads.size()),
-      .capacity = indices ? indices->size(3) : 0,
-      .block_size = block_size,
-      .window = std::min(window, problem.keys),
-      .near_window = std::min(near_window, problem.keys),
-      .sinks = std::min(sinks, problem.keys),
-      .scale = scale,
-      .head_sets = &problem.sets,
-  });
-  return {problem.out, problem.lse};
+  const Arguments arguments(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
+                            counts, block_size, k_local, v_local, start, length);
+  cpu::decode_kernel(arguments.params());
+  return arguments.result();
 }
 
 #ifdef RTPURBO_WITH_CUDA
@@ -190,47 +193,48 @@ Result decode_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    const MaybeTensor& counts, int64_t block_size, const MaybeTensor& k_local,
                    const MaybeTensor& v_local, const MaybeTensor& start, int64_t length) {
   cuda::check_not_double(kOp, "q", q.scalar_type());
-  const Problem problem =
-      check_and_allocate(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
-                         counts, block_size, k_local, v_local, start, length);
-  TORCH_CHECK_VALUE(q.size(1) <= cuda::DecodeParams::kMaxHeads && q.size(3) <= cuda::kMaxDim,
+  const Arguments arguments(q, k, v, retrieval_heads, window, near_window, sinks, scale, indices,
+                            counts, block_size, k_local, v_local, start, length);
+  TORCH_CHECK_VALUE(q.size(1) <= cuda::DecodeParams::kMaxHeads && q.size(3) <= cuda::kMaxHeadDim,
                     "rtpurbo::decode: q on CUDA must have Hq <= ", cuda::DecodeParams::kMaxHeads,
-                    " and D <= ", cuda::kMaxDim, ", got Hq = ", q.size(1), " and D = ", q.size(3));
-  if (q.size(0) == 0) return {problem.out, problem.lse};
+                    " and D <= ", cuda::kMaxHeadDim, ", got Hq = ", q.size(1),
+                    " and D = ", q.size(3));
+  if (q.size(0) == 0) return arguments.result();
   const c10::cuda::CUDAGuard guard(q.device());
+  const cpu::DecodeParams& in = arguments.params();
   cuda::DecodeParams params{
-      .type = cuda::element_type(q.scalar_type()),
-      .q = heads_view(q),
-      .k = heads_view(k),
-      .v = heads_view(v),
-      .k_local = k_local ? heads_view(*k_local) : HeadsView{},
-      .v_local = v_local ? heads_view(*v_local) : HeadsView{},
-      .out = heads_view(problem.out),
-      .lse_ptr = problem.lse.mutable_data_ptr<float>(),
-      .start_ptr = problem.start_ptr,
-      .indices_ptr = indices ? problem.indices.const_data_ptr<int32_t>() : nullptr,
-      .counts_ptr = counts ? problem.counts.const_data_ptr<int32_t>() : nullptr,
-      .batch = q.size(0),
-      .heads = q.size(1),
-      .length = problem.keys,
-      .slots = k_local ? k_local->size(2) : 0,
-      .dim = q.size(3),
-      .lists = static_cast<int64_t>(retrieval_heads.size()),
-      .capacity = indices ? indices->size(3) : 0,
-      .block_size = std::min(block_size, std::max<int64_t>(1, problem.keys)),
-      .window = std::min(window, problem.keys),
-      .near_window = std::min(near_window, problem.keys),
-      .sinks = std::min(sinks, problem.keys),
-      .scale = static_cast<float>(scale),
+      .type = cuda::element_type(in.dtype),
+      .q = in.q,
+      .k = in.k,
+      .v = in.v,
+      .k_local = in.k_local,
+      .v_local = in.v_local,
+      .out = in.out,
+      .lse_ptr = static_cast<float*>(in.lse_ptr),
+      .start_ptr = in.start_ptr,
+      .indices_ptr = in.indices_ptr,
+      .counts_ptr = in.counts_ptr,
+      .batch = in.batch,
+      .heads = in.heads,
+      .length = in.length,
+      .slots = in.slots,
+      .dim = in.dim,
+      .lists = in.lists,
+      .capacity = in.capacity,
+      .block_size = std::min(in.block_size, std::max<int64_t>(1, in.length)),
+      .window = in.window,
+      .near_window = in.near_window,
+      .sinks = in.sinks,
+      .scale = static_cast<float>(in.scale),
       .splits = 1,
   };
-  fill_sets(params, problem.sets);
+  fill_sets(params, *in.head_sets);
   params.splits = cuda::decode_splits(params, cuda::multiprocessors());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(cuda::decode_workspace(params))},
                                          q.options().dtype(at::kByte));
   RTPURBO_CUDA_CHECK(kOp, cuda::launch_decode(params, workspace.mutable_data_ptr(),
                                               c10::cuda::getCurrentCUDAStream()));
-  return {problem.out, problem.lse};
+  return arguments.result();
 }
 #endif
 
