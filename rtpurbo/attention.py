@@ -3,7 +3,7 @@
 | tokens in the cache | query rows | what runs |
 |---|---|---|
 | none | any | `ops.attention` on the given k and v, then append |
-| some | one | append, then `near_lse`, `select` (where far keys exist), `decode` |
+| some | one | append, then `sparse_decode`: selection and attention to what it selects |
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
@@ -188,23 +188,23 @@ def _decode(
     cache.append(k, v, k_index, start)
     k_pages, v_pages = cache.pages()
     last = LastForward(1, cache.length, q.shape[0], start, scale, q=q)
-    has_far_keys = cache.length > config.near_window + config.sinks
-    if q_index is not None and has_far_keys:
-        near = _near_lse(context, q, k_pages, context.page_heads, start, scale)
-        keys = cache.index_keys()
-        last.indices, last.counts, last.mass = ops.select(
-            q_index, keys.keys, context.index.index_map, config.top_p,
-            config.near_window, config.sinks, config.min_tokens, block_size=config.block_size,
-            near_lse=near, offset=_offset(context), start=start,
-            codes=keys.codes, ranges=keys.ranges,
-        )  # fmt: skip
+    window = cache.layout.ring_capacity - config.sinks
     local = bool(cache.layout.local_heads)
-    out, last.lse = ops.decode(
-        q, k_pages, v_pages, heads, cache.layout.ring_capacity - config.sinks, config.near_window,
-        config.sinks, scale, indices=last.indices, counts=last.counts,
-        block_size=config.block_size, k_local=cache.k_ring if local else None,
-        v_local=cache.v_ring if local else None, start=start, length=cache.length,
-    )  # fmt: skip
+    k_ring, v_ring = (cache.k_ring, cache.v_ring) if local else (None, None)
+    if q_index is None:
+        out, last.lse = ops.decode(
+            q, k_pages, v_pages, heads, window, config.near_window, config.sinks, scale,
+            k_local=k_ring, v_local=v_ring, start=start, length=cache.length,
+        )  # fmt: skip
+    else:
+        keys = cache.index_keys()
+        out, last.lse, last.selected, last.counts, last.mass = ops.sparse_decode(
+            q, k_pages, v_pages, heads, q_index, keys.keys, context.index.index_map, config.top_p,
+            window, config.near_window, config.sinks, config.min_tokens, scale,
+            block_size=config.block_size, beyond_window=config.index == "beyond_window",
+            offset=_offset(context), k_local=k_ring, v_local=v_ring, start=start,
+            length=cache.length, codes=keys.codes, ranges=keys.ranges,
+        )  # fmt: skip
     cache.settle()
     last.keep(cache)
     context.last = last

@@ -33,7 +33,8 @@ class LastForward:
         start: first real keys, int64 [B] or None.
         batch: B.
         scale: of the logits.
-        indices, counts, mass: of `select` (one row) or `select_tiles`; None if heads ran dense.
+        indices, counts, mass: of `select_tiles`; None if heads ran dense.
+        selected, counts, mass: of `sparse_decode`; None in a layer without retrieval heads.
         q, lse: of a decode step, for the true mass.
         cache: the layer's cache, if it is still alive.
         kv_bytes, index_bytes, dense_bytes: what that cache held.
@@ -45,6 +46,7 @@ class LastForward:
     start: Tensor | None
     scale: float
     indices: Tensor | None = None
+    selected: Tensor | None = None
     counts: Tensor | None = None
     mass: Tensor | None = None
     q: Tensor | None = None

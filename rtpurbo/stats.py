@@ -10,6 +10,7 @@ from torch import Tensor
 from rtpurbo import ops
 from rtpurbo.attention import TILE, TILE_BLOCK
 from rtpurbo.context import LastForward, LayerContext, state
+from rtpurbo.ops.sparse_decode import WORD_KEYS
 
 _SAMPLED_TILES = 8
 
@@ -130,26 +131,31 @@ def _attended(context: LayerContext, last: LastForward, rows: Tensor) -> tuple[T
     visible = (first <= n) & (n <= m)
     sink = n - first < config.sinks
     attended = (visible & (sink | (m - n < config.window)))[:, None].repeat(1, heads, 1, 1)
-    if last.counts is None or last.indices is None:
-        attended[:, context.heads] = visible[:, None]
-        return attended, visible
-    decoding = last.rows == 1
-    size = config.block_size if decoding else TILE_BLOCK
-    place = 0 if decoding else int(rows[0]) // TILE
-    listed = _listed(last.indices[:, :, place], last.counts[:, :, place], last.keys, size)
-    if decoding:
-        listed = listed | (sink | (m - n < config.near_window))
-    attended[:, context.heads] = visible[:, None] & listed[:, :, None, :]
+    if last.rows == 1 and last.selected is not None:
+        chosen = _selected(last.selected[:, :, 0], last.keys)
+        chosen = chosen | (visible & (sink | (m - n < config.near_window)))
+    elif last.counts is not None and last.indices is not None:
+        tile = int(rows[0]) // TILE
+        chosen = _listed(last.indices[:, :, tile], last.counts[:, :, tile], last.keys)
+    else:
+        chosen = torch.ones(1, 1, last.keys, dtype=torch.bool)
+    attended[:, context.heads] = visible[:, None] & chosen[:, :, None, :]
     return attended, visible
 
 
-def _listed(indices: Tensor, counts: Tensor, keys: int, size: int) -> Tensor:
-    """bool [B, R, N]: the key's member is listed, from indices [B, R, C] and counts [B, R]."""
+def _selected(words: Tensor, keys: int) -> Tensor:
+    """bool [B, R, N] from the bits of int64 [B, R, ceil(N / 64)]."""
+    bits = words.cpu()[..., None] >> torch.arange(WORD_KEYS) & 1
+    return bits.flatten(-2)[..., :keys].bool()
+
+
+def _listed(indices: Tensor, counts: Tensor, keys: int) -> Tensor:
+    """bool [B, R, N]: the key's block is listed, from indices [B, R, C] and counts [B, R]."""
     indices, counts = indices.cpu().long(), counts.cpu()
-    members = torch.zeros(*counts.shape, -(-keys // size) + 1, dtype=torch.bool)
+    blocks = torch.zeros(*counts.shape, -(-keys // TILE_BLOCK) + 1, dtype=torch.bool)
     used = torch.arange(indices.shape[-1]) < counts[..., None]
-    members.scatter_(-1, indices.masked_fill(~used, members.shape[-1] - 1), True)
-    listed = members[..., :-1].repeat_interleave(size, dim=-1)[..., :keys]
+    blocks.scatter_(-1, indices.masked_fill(~used, blocks.shape[-1] - 1), True)
+    listed = blocks[..., :-1].repeat_interleave(TILE_BLOCK, dim=-1)[..., :keys]
     return listed | (counts < 0)[..., None]
 
 

@@ -108,6 +108,32 @@ def decode_samples(dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def sparse_decode_samples(dtype: torch.dtype) -> list[Sample]:
+    q, k, v = (numbers(2, h, s, 16, dtype=dtype) for h, s in ((6, 1), (2, 90), (2, 90)))
+    base = dict(
+        q=q, k=k, v=v, retrieval_heads=[1, 4], window=7, near_window=7, sinks=2, scale=0.25,
+        q_index=2 * numbers(2, 2, 1, 8, dtype=dtype), k_index=numbers(2, 2, 90, 8, dtype=dtype),
+        index_map=[0, 1], p=0.8, min_tokens=3,
+    )  # fmt: skip
+    more = {"start": torch.tensor([0, 21]), "offset": torch.tensor([0.5, -0.5])}
+    ring = dict(
+        k=k[:, :1],
+        v=v[:, :1],
+        retrieval_heads=[0, 2],
+        k_local=numbers(2, 1, 9, 16, dtype=dtype),
+        v_local=-numbers(2, 1, 9, 16, dtype=dtype),
+    )
+    codes, ranges = ops.quantize_index(numbers(2, 2, 64, 8, dtype=dtype), 8)
+    coded = dict(k_index=numbers(2, 2, 26, 8, dtype=dtype), codes=codes, ranges=ranges)
+    return [
+        Sample("sparse_decode", "beyond", base | more),
+        Sample("sparse_decode", "full", base | {"beyond_window": False, "near_window": 5}),
+        Sample("sparse_decode", "blocks", base | more | {"block_size": 16, "p": 0.6}),
+        Sample("sparse_decode", "ring", base | ring),
+        Sample("sparse_decode", "eight_bits", base | coded),
+    ]
+
+
 def near_lse_samples(dtype: torch.dtype) -> list[Sample]:
     q, k = numbers(2, 6, 5, 16, dtype=dtype), numbers(2, 2, 40, 16, dtype=dtype)
     base = dict(q=q, k=k, q_heads=[4, 1], k_heads=[1, 0], window=7, sinks=2, scale=0.25)
@@ -273,6 +299,7 @@ def samples(dtype: torch.dtype = torch.float32) -> list[Sample]:
     return [
         *attention_samples(dtype),
         *decode_samples(dtype),
+        *sparse_decode_samples(dtype),
         *near_lse_samples(dtype),
         *retrieval_scores_samples(dtype),
         *index_project_samples(dtype),

@@ -28,6 +28,10 @@ size_t stats_bytes(const DecodeParams& p) {
   return static_cast<size_t>(round_up(bytes, 256));
 }
 
+constexpr int kWarps = 4;
+template <int kDim>
+constexpr int kStages = kDim <= 128 ? 3 : 2;
+
 /// Whether a block's shared memory fits the current device.
 template <int kDim>
 bool tile_fits() {
@@ -36,18 +40,19 @@ bool tile_fits() {
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
              cudaSuccess &&
-         MmaTile<kDim>::kSharedBytes <= most;
+         MmaTile<kDim, kWarps, kStages<kDim>>::kSharedBytes <= most;
 }
 
 template <typename T, int kDim>
 cudaError_t launch_mma(const DecodeParams& p, const Partials& partials, dim3 grid,
                        cudaStream_t stream) {
-  constexpr int kBytes = MmaTile<kDim>::kSharedBytes;
+  constexpr int kBytes = MmaTile<kDim, kWarps, kStages<kDim>>::kSharedBytes;
+  const auto kernel = decode_mma_kernel<T, kDim, kWarps, kStages<kDim>>;
   if (const cudaError_t error = cudaFuncSetAttribute(
-          decode_mma_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
     return error;
   }
-  decode_mma_kernel<T, kDim><<<grid, 32 * kMmaWarps, kBytes, stream>>>(p, partials);
+  kernel<<<grid, 32 * kWarps, kBytes, stream>>>(p, partials);
   return cudaGetLastError();
 }
 
@@ -77,7 +82,7 @@ cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 
 }  // namespace
 
 int decode_splits(const DecodeParams& params, int sm_count) {
-  constexpr int64_t kTile = kTileKeys * kMmaWarps;
+  constexpr int64_t kTile = kTileKeys * kWarps;
   constexpr int64_t kBlocksOfSm = 2;
   // Rounded down: one block too many would double the time.
   const int64_t wanted =
@@ -117,9 +122,9 @@ cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStrea
     const cudaError_t error = dispatch_element(p.type, [&](auto element) {
       using T = decltype(element);
       if (const cudaError_t launched = launch_splits<T>(p, partials, grid, stream)) return launched;
-      const dim3 heads(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
-      const size_t shares = DecodeParams::kHeadSlots * p.splits * sizeof(float);
-      merge_kernel<T><<<heads, kMergeThreads, shares, stream>>>(p, partials);
+      const dim3 columns(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch),
+                         static_cast<unsigned>(divide_up(p.dim, kMergeColumns)));
+      merge_kernel<T><<<columns, kMergeThreads, 0, stream>>>(p, partials);
       return cudaGetLastError();
     });
     if (error != cudaSuccess) return error;

@@ -17,7 +17,7 @@ enum class DecodeKeys : uint8_t {
 
 /// Query heads that read the same keys of the same KV head, so that each row is loaded once.
 struct DecodeSet {
-  static constexpr int kMaxHeads = 16;
+  static constexpr int kMaxHeads = 8;
   DecodeKeys keys = DecodeKeys::kNear;
   bool from_local = false;   // reads the rings
   bool near_window = false;  // kNear: the retrieval heads' window instead of the local heads'

@@ -16,6 +16,7 @@ struct SelectParams {
   ElementType q_type, k_type;
   HeadsView q_index, k_index;  // [B, heads, rows, dim], [B, key_heads, keys, dim]
   HeadList index_map;          // key head of each query head
+  bool near_is_scored;         // form `full`: the near keys' mass is that of their scores
   const float* near_lse_ptr;   // [B, heads, rows], or null
   const float* offset_ptr;     // [heads], or null
   const int64_t* start_ptr;    // [B], or null
@@ -26,15 +27,21 @@ struct SelectParams {
   int64_t window, sinks, block_size;
   int64_t capacity, min_members;
   double p;
-  bool exact;
 };
 
-/// Bytes of workspace that launch_select needs; it does not grow with rows * keys.
-size_t select_workspace(const SelectParams& params);
+/// How a cooperative launch covers the problems, and what it needs.
+struct SelectPlan {
+  int teams, team_size, blocks;
+  int warp_groups;
+  bool scores_in_shared;
+  size_t shared_bytes;
+  size_t workspace_bytes;  // does not grow with batch * heads * rows * keys
+};
 
-/// Scores all keys, then chooses by a histogram of log-weights and, in exact mode, by radix
-/// selection inside the threshold bin. Masses are summed as integers: reruns give the same bits.
-cudaError_t launch_select(const SelectParams& params, void* workspace, int sm_count,
+/// Scores all keys, then chooses by a histogram of log-weights and, inside the threshold bin, by
+/// radix selection. Masses are summed as integers: reruns give the same bits.
+cudaError_t plan_select(const SelectParams& params, SelectPlan& plan);
+cudaError_t launch_select(const SelectParams& params, const SelectPlan& plan, void* workspace,
                           cudaStream_t stream);
 
 }  // namespace rtpurbo::cuda

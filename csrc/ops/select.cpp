@@ -10,8 +10,8 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/select.h"
-#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
+#include "csrc/ops/common/select_cuda.h"
 #endif
 
 namespace rtpurbo {
@@ -21,19 +21,6 @@ constexpr const char* kOp = "select";
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
-
-void check_selection(double p, int64_t min_tokens, int64_t block_size, int64_t capacity) {
-  TORCH_CHECK_VALUE(p > 0 && p <= 1, "rtpurbo::select: p must be in (0, 1], got ", p);
-  TORCH_CHECK_VALUE(min_tokens >= 0, "rtpurbo::select: min_tokens must be >= 0, got ", min_tokens);
-  TORCH_CHECK_VALUE(block_size == 1 || block_size == 16 || block_size == 32 || block_size == 64,
-                    "rtpurbo::select: block_size must be 1, 16, 32 or 64, got ", block_size);
-  TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
-}
-
-/// min_tokens in members, rounded up.
-int64_t min_members(int64_t min_tokens, int64_t block_size) {
-  return min_tokens / block_size + (min_tokens % block_size != 0);
-}
 
 Result allocate(const at::Tensor& q_index, at::ScalarType mass_type, int64_t room) {
   const auto ints = q_index.options().dtype(at::kInt);
@@ -47,7 +34,8 @@ Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntA
                   const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
                   int64_t capacity, bool exact, const MaybeTensor& codes,
                   const MaybeTensor& ranges) {
-  check_selection(p, min_tokens, block_size, capacity);
+  check_selection(kOp, p, min_tokens, block_size);
+  TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
                                  near_lse, offset, start, {codes, ranges});
   const int64_t room = arguments.room(capacity);
@@ -68,54 +56,31 @@ Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntA
 Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
                    double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                    const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-                   int64_t capacity, bool exact, const MaybeTensor& codes,
+                   int64_t capacity, bool /*exact: it always is*/, const MaybeTensor& codes,
                    const MaybeTensor& ranges) {
-  check_selection(p, min_tokens, block_size, capacity);
+  check_selection(kOp, p, min_tokens, block_size);
+  TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
                                  near_lse, offset, start, {codes, ranges});
-  TORCH_CHECK_NOT_IMPLEMENTED(!codes,
-                              "rtpurbo::select: 4- and 8-bit index keys have no CUDA kernel yet; "
-                              "use RTPurboConfig(index_bits=16) or run on the CPU "
-                              "(model.to('cpu'))");
-  cuda::check_not_double(kOp, "q_index", q_index.scalar_type());
-  cuda::check_not_double(kOp, "k_index", k_index.scalar_type());
-  TORCH_CHECK_VALUE(q_index.size(3) <= cuda::kMaxIndexDim,
-                    "rtpurbo::select: q_index on CUDA must have an index dim r <= ",
-                    cuda::kMaxIndexDim, ", got ", q_index.size(3));
   const cpu::IndexParams& in = arguments.params();
   const int64_t room = arguments.room(capacity);
   const Result result = allocate(q_index, at::kFloat, room);
   const auto& [indices, counts, mass] = result;
   if (counts.numel() == 0) return result;
   const c10::cuda::CUDAGuard guard(q_index.device());
-  const cuda::SelectParams params{.q_type = cuda::element_type(in.q_dtype),
-                                  .k_type = cuda::element_type(in.k_dtype),
-                                  .q_index = in.q_index,
-                                  .k_index = in.k_index,
-                                  .index_map = cuda::head_list(kOp, "index_map", index_map),
-                                  .near_lse_ptr = static_cast<const float*>(in.near_lse_ptr),
-                                  .offset_ptr = static_cast<const float*>(in.offset_ptr),
-                                  .start_ptr = in.start_ptr,
-                                  .indices_ptr = indices.mutable_data_ptr<int32_t>(),
-                                  .counts_ptr = counts.mutable_data_ptr<int32_t>(),
-                                  .mass_ptr = mass.mutable_data_ptr<float>(),
-                                  .batch = in.batch,
-                                  .heads = in.heads,
-                                  .rows = in.rows,
-                                  .keys = in.keys,
-                                  .dim = in.dim,
-                                  .window = in.window,
-                                  .sinks = in.sinks,
-                                  .block_size = block_size,
-                                  .capacity = room,
-                                  .min_members = min_members(min_tokens, block_size),
-                                  .p = p,
-                                  .exact = exact};
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(cuda::select_workspace(params))},
+  cuda::SelectParams params = cuda::select_params(kOp, in);
+  params.indices_ptr = indices.mutable_data_ptr<int32_t>();
+  params.counts_ptr = counts.mutable_data_ptr<int32_t>();
+  params.mass_ptr = mass.mutable_data_ptr<float>();
+  params.capacity = room;
+  params.min_members = min_members(min_tokens, block_size);
+  params.p = p;
+  cuda::SelectPlan plan;
+  RTPURBO_CUDA_CHECK(kOp, cuda::plan_select(params, plan));
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)},
                                          q_index.options().dtype(at::kByte));
-  RTPURBO_CUDA_CHECK(
-      kOp, cuda::launch_select(params, workspace.mutable_data_ptr(), cuda::multiprocessors(),
-                               c10::cuda::getCurrentCUDAStream()));
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_select(params, plan, workspace.mutable_data_ptr(),
+                                              c10::cuda::getCurrentCUDAStream()));
   return result;
 }
 #endif

@@ -10,6 +10,7 @@ from rtpurbo.ops.quantize_index import quantize_index
 from rtpurbo.ops.retrieval_scores import retrieval_scores
 from rtpurbo.ops.select import select
 from rtpurbo.ops.select_tiles import select_tiles
+from rtpurbo.ops.sparse_decode import sparse_decode
 from rtpurbo.ops.top_p import top_p
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "retrieval_scores",
     "select",
     "select_tiles",
+    "sparse_decode",
     "top_p",
 ]

@@ -15,6 +15,7 @@ from tests.reference.quantize_index import quantize_index
 from tests.reference.retrieval_scores import retrieval_scores
 from tests.reference.select import select
 from tests.reference.select_tiles import select_tiles
+from tests.reference.sparse_decode import sparse_decode
 from tests.reference.top_p import top_p
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "retrieval_scores",
     "select",
     "select_tiles",
+    "sparse_decode",
     "top_p",
 ]

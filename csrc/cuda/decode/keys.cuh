@@ -13,6 +13,8 @@ struct Partials {
   float2* stats;  // [B, splits, slots], (max of the scaled logits in octaves, sum of weights)
 };
 
+/// kLists: whether sets of kListed keys are among them.
+template <bool kLists>
 class SetKeys {
  public:
   __device__ SetKeys(const DecodeParams& p, const DecodeSet& set, int64_t batch)
@@ -55,7 +57,7 @@ class SetKeys {
 
   /// Row of position j < total, or -1 where a listed block holds a key that is not far.
   __device__ int64_t row(int64_t j) const {
-    if (list_) {
+    if (kLists && list_) {
       const int64_t n =
           block_size_ == 1
               ? list_[j]

@@ -1,78 +1,129 @@
 #pragma once
-// The splits of a head, and its near and listed keys, merged by their log-sum-exp.
+// The parts of a head's keys, merged by their log-sum-exp in a fixed order.
 
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
+#include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
 
-constexpr int kMergeColumns = 128;
-constexpr int kMergeGroups = 4;  // of parts that are summed side by side
-constexpr int kMergeThreads = kMergeColumns * kMergeGroups;
+constexpr int kMergeThreads = 256;
+constexpr int kMergeWarps = kMergeThreads / 32;
+constexpr int kMergeColumns = 32;  // of the output, that a block makes at a time
 
-/// Combines a value of every thread of the block.
-template <typename Combine>
-__device__ float block_reduce(float value, const Combine& combine) {
-  __shared__ float warp_values[kMergeThreads / 32];
+/// Evenly spaced parts: part i's statistics are at stats[i * stride], its sums at sums[i * stride].
+struct PartRun {
+  const float* sums = nullptr;  // [parts * stride, dim]
+  const float2* stats = nullptr;
+  int64_t stride = 1;
+  int count = 0;
+};
+
+/// Two runs as one.
+struct Parts {
+  PartRun first, second;
+  int64_t dim;
+
+  __device__ int count() const { return first.count + second.count; }
+
+  __device__ float2 stats(int i) const {
+    const PartRun& run = i < first.count ? first : second;
+    return __ldcg(run.stats + place(i) * run.stride);
+  }
+
+  __device__ float sum(int i, int64_t column) const {
+    const PartRun& run = i < first.count ? first : second;
+    return __ldcg(run.sums + place(i) * run.stride * dim + column);
+  }
+
+ private:
+  __device__ int64_t place(int i) const { return i < first.count ? i : i - first.count; }
+};
+
+constexpr int kMostParts = 1024;
+
+struct MergeShared {
+  float shares[kMostParts];
+  float maxima[kMergeWarps];
+  float totals[kMergeWarps];
+  float sums[kMergeWarps][kMergeColumns];
+};
+
+/// Columns [first_column, first_column + 32) of a head's output; its log-sum-exp with the first.
+template <typename T>
+__device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, float* lse,
+                              MergeShared& shared) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kOwn = kMostParts / kMergeThreads;
+  float2 own[kOwn];
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kMergeThreads;
+    own[j] = i < parts.count() ? parts.stats(i) : make_float2(-INFINITY, 0.0f);
+    largest = fmaxf(largest, own[j].x);
+  }
   for (int step = 16; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, step));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
   }
   __syncthreads();
-  if (threadIdx.x % 32 == 0) warp_values[threadIdx.x / 32] = value;
+  if (lane == 0) shared.maxima[warp] = largest;
   __syncthreads();
-  value = warp_values[0];
-  for (int w = 1; w < kMergeThreads / 32; ++w) value = combine(value, warp_values[w]);
-  return value;
+  for (const float other : shared.maxima) largest = fmaxf(largest, other);
+  const float base = softmax_shift(largest);
+  float total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const float share = exp2f(own[j].x - base);
+    total += share * own[j].y;
+    shared.shares[threadIdx.x + j * kMergeThreads] = share;
+  }
+  for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+  if (lane == 0) shared.totals[warp] = total;
+  __syncthreads();
+
+  const int64_t column = first_column + lane;
+  float sum = 0.0f;
+  if (column < parts.dim) {
+#pragma unroll 8
+    for (int i = warp; i < parts.count(); i += kMergeWarps) {
+      sum = fmaf(shared.shares[i], parts.sum(i, column), sum);
+    }
+  }
+  shared.sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0) return;
+  total = sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kMergeWarps; ++w) {
+    sum += shared.sums[w][lane];
+    total += shared.totals[w];
+  }
+  if (column < parts.dim) out[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
+  if (first_column == 0 && lane == 0) *lse = (largest + log2f(total)) * kLn2;
+}
+
+/// The parts of one of a head's slots.
+__device__ __forceinline__ PartRun run_of_slot(const DecodeParams& p, const Partials& partials,
+                                               int64_t batch, int slot) {
+  const int64_t first = batch * p.splits * p.slots_count + slot;
+  return {partials.sums + first * p.dim, partials.stats + first, p.slots_count, p.splits};
 }
 
 template <typename T>
 __global__ __launch_bounds__(kMergeThreads) void merge_kernel(
     const __grid_constant__ DecodeParams p, Partials partials) {
-  constexpr float kLn2 = 0.6931471805599453f;
-  extern __shared__ float shares[];  // [parts]
-  __shared__ float group_sums[kMergeGroups][kMergeColumns];
+  __shared__ MergeShared shared;
   const int64_t head = blockIdx.x, batch = blockIdx.y;
-  const int slots[DecodeParams::kHeadSlots] = {p.head_slots[head][0], p.head_slots[head][1]};
-  const int parts = (slots[1] < 0 ? 1 : 2) * p.splits;
-  const int64_t first = batch * p.splits * p.slots_count;
-  const auto place = [&](int part) {
-    const bool second = part >= p.splits;
-    return first + (part - (second ? p.splits : 0)) * p.slots_count + slots[second];
-  };
-  float largest = -INFINITY;
-  for (int i = threadIdx.x; i < parts; i += kMergeThreads) {
-    largest = fmaxf(largest, partials.stats[place(i)].x);
+  Parts parts{.dim = p.dim};
+  parts.first = run_of_slot(p, partials, batch, p.head_slots[head][0]);
+  if (p.head_slots[head][1] >= 0) {
+    parts.second = run_of_slot(p, partials, batch, p.head_slots[head][1]);
   }
-  largest = block_reduce(largest, [](float a, float b) { return fmaxf(a, b); });
-  const float base = largest == -INFINITY ? 0.0f : largest;
-  float total = 0.0f;
-  for (int i = threadIdx.x; i < parts; i += kMergeThreads) {
-    const float2 stats = partials.stats[place(i)];
-    shares[i] = exp2f(stats.x - base);
-    total += shares[i] * stats.y;
-  }
-  total = block_reduce(total, [](float a, float b) { return a + b; });
-  const float norm = total == 0.0f ? 0.0f : 1.0f / total;
-  T* out = head_rows<T>(p.out, batch, head);
-  const int column = threadIdx.x % kMergeColumns, group = threadIdx.x / kMergeColumns;
-  for (int64_t d = column; d - column < p.dim; d += kMergeColumns) {
-    float sum = 0.0f;
-    if (d < p.dim) {
-#pragma unroll 8
-      for (int i = group; i < parts; i += kMergeGroups) {
-        sum = fmaf(shares[i], partials.sums[place(i) * p.dim + d], sum);
-      }
-    }
-    group_sums[group][column] = sum;
-    __syncthreads();
-    if (group == 0 && d < p.dim) {
-      for (int g = 1; g < kMergeGroups; ++g) sum += group_sums[g][column];
-      out[d] = from_float<T>(sum * norm);
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) p.lse_ptr[batch * p.heads + head] = (largest + log2f(total)) * kLn2;
+  merge_columns(parts, static_cast<int64_t>(blockIdx.z) * kMergeColumns,
+                head_rows<T>(p.out, batch, head), p.lse_ptr + batch * p.heads + head, shared);
 }
 
 }  // namespace rtpurbo::cuda

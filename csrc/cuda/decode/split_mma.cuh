@@ -1,6 +1,6 @@
 #pragma once
-// One split of one set on the tensor cores: the set's heads are the 16 rows of a tile, keys its
-// columns. Each warp works on its own tiles of 16 keys, which cp.async brings row by row, so warps
+// One split of one set on the tensor cores: 16 keys are the rows of a tile, the set's heads its 8
+// columns. Each warp works on its own tiles of keys, which cp.async brings row by row, so warps
 // meet only at the end.
 
 #include "csrc/cuda/decode/keys.cuh"
@@ -9,22 +9,24 @@
 #include "csrc/cuda/ptx/cp_async.cuh"
 #include "csrc/cuda/ptx/ldmatrix.cuh"
 #include "csrc/cuda/ptx/mma.cuh"
+#include "csrc/cuda/ptx/movmatrix.cuh"
 #include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
 
-constexpr int kMmaWarps = 4;
 constexpr int kTileKeys = 16;
 
-template <int kDim>
+/// kStages: tiles of a warp that shared memory holds.
+template <int kDim, int kWarps, int kStages>
 struct MmaTile {
-  static constexpr int kStages = kDim <= 128 ? 3 : 2;
   static constexpr int kRowChunks = kDim / 8;  // of 16 bytes
   static constexpr int kTileBytes = kTileKeys * kDim * 2;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
   static constexpr int kQueryBytes = DecodeSet::kMaxHeads * kDim * 2;
   static constexpr int kWarpBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kQueryBytes + kMmaWarps * kWarpBytes;
+  static constexpr int kSharedBytes = kQueryBytes + kWarps * kWarpBytes;
+  static constexpr int kSumStride = kDim + 4;  // free of bank conflicts
+  static_assert(kWarpBytes >= DecodeSet::kMaxHeads * kSumStride * 4, "holds the sums at the end");
 
   /// Address of 16-byte chunk c of a row; the swizzle keeps ldmatrix free of bank conflicts.
   __device__ static char* chunk(char* tile, int row, int c) {
@@ -32,26 +34,25 @@ struct MmaTile {
   }
 };
 
-template <typename T, int kDim>
-__global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
-    const __grid_constant__ DecodeParams p, Partials partials) {
-  using Tile = MmaTile<kDim>;
+/// By all 32 kWarps threads of a block, with kSharedBytes of shared memory. `meanwhile()` is called
+/// when the first keys are on their way. A negative split is empty and leaves no result.
+template <typename T, int kDim, int kWarps, int kStages, bool kLists, typename Meanwhile>
+__device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
+                             const Partials& partials, char* shared, const Meanwhile& meanwhile) {
+  using Tile = MmaTile<kDim, kWarps, kStages>;
   constexpr int kSteps = kDim / 16;  // of the mma's depth, or of pairs of its columns
   constexpr int kLoads = kTileKeys * Tile::kRowChunks / 32;
-  extern __shared__ __align__(128) char shared[];
-  const DecodeSet& set = p.sets[blockIdx.y];
-  const int split = blockIdx.x;
-  const int64_t batch = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const SetKeys keys(p, set, batch);
-  const Range range = split_range(keys.total(), split, p.splits, kTileKeys * kMmaWarps);
+  const SetKeys<kLists> keys(p, set, batch);
+  const Range range =
+      split < 0 ? Range{0, 0} : split_range(keys.total(), split, p.splits, kTileKeys * kWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
   const T* k = head_rows<const T>(k_view, batch, set.kv_head);
   const T* v = head_rows<const T>(v_view, batch, set.kv_head);
 
   char* queries = shared;
-  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kMmaWarps) {
+  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kWarps) {
     const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
     const bool used = row < set.heads_count;
     const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
@@ -61,7 +62,7 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
 
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
   const int64_t first = range.begin + warp * kTileKeys;
-  constexpr int64_t kStride = kMmaWarps * kTileKeys;
+  constexpr int64_t kStride = kWarps * kTileKeys;
   const int64_t tiles = first < range.end ? (range.end - first + kStride - 1) / kStride : 0;
   // Row of this lane's key of a tile (lanes 16 and up repeat), -1 for none.
   const auto key_row = [&](int64_t tile) {
@@ -70,7 +71,7 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
   };
   const auto load = [&](int64_t tile, int64_t own_row) {
     if (tile < tiles) {
-      char* stage = stages + static_cast<int>(tile % Tile::kStages) * Tile::kStageBytes;
+      char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const int id = i * 32 + lane;
@@ -85,124 +86,140 @@ __global__ __launch_bounds__(32 * kMmaWarps) void decode_mma_kernel(
     ptx::cp_async_commit();
   };
 
-  float out[kDim / 8][4];
+  constexpr int kAhead = kStages > 1 ? kStages - 1 : 1;  // tiles on their way
 #pragma unroll
-  for (int i = 0; i < kDim / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+  for (int s = 0; s < kAhead; ++s) load(s, key_row(s));
+  meanwhile();
+  ptx::cp_async_wait<kAhead - 1>();
+  __syncthreads();  // the queries, which came with the first tile
+  float out[kSteps][4];  // rows: 16 dimensions each, columns: heads
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+  // Of the lane's heads 2 (lane % 4) and + 1.
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   const float scale = p.scale * kLog2E;
-  // Lane's part of an ldmatrix address: row and 16-byte column of a 16 x 16 tile.
-  const int matrix_row = lane % 16, matrix_column = lane / 16;
 
+  uint32_t query[kSteps][2];
 #pragma unroll
-  for (int s = 0; s < Tile::kStages - 1; ++s) load(s, key_row(s));
-  ptx::cp_async_wait<Tile::kStages - 2>();
-  __syncthreads();  // the queries, which came with the first tile
-  int64_t next_row = key_row(Tile::kStages - 1);
+  for (int step = 0; step < kSteps; step += 2) {
+    uint32_t loaded[4];
+    ptx::ldmatrix_x4(loaded, Tile::chunk(queries, lane % 8, 2 * step + lane / 8));
+    query[step][0] = loaded[0];
+    query[step][1] = loaded[1];
+    query[step + 1][0] = loaded[2];
+    query[step + 1][1] = loaded[3];
+  }
+  int64_t next_row = key_row(kAhead);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t coming = next_row;
-    next_row = key_row(tile + Tile::kStages);
-    ptx::cp_async_wait<Tile::kStages - 2>();
+    next_row = key_row(tile + kAhead + 1);
+    ptx::cp_async_wait<kAhead - 1>();
     __syncwarp();
-    load(tile + Tile::kStages - 1, coming);
-    char* stage = stages + static_cast<int>(tile % Tile::kStages) * Tile::kStageBytes;
+    if constexpr (kStages > 1) load(tile + kAhead, coming);
+    char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
 
-    float score[2][4] = {};
+    float score[4] = {};  // keys lane / 4 and + 8 of two heads each
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[4], b[4];
-      ptx::ldmatrix_x4(a, Tile::chunk(queries, matrix_row, 2 * step + matrix_column));
-      ptx::ldmatrix_x4(b, Tile::chunk(stage, matrix_row, 2 * step + matrix_column));
-      // b: keys 0-7 low depth, keys 8-15 low depth, keys 0-7 high depth, keys 8-15 high depth
-      ptx::mma_m16n8k16<T>(score[0], a, b[0], b[2]);
-      ptx::mma_m16n8k16<T>(score[1], a, b[1], b[3]);
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, Tile::chunk(stage, lane % 16, 2 * step + lane / 16));
+      ptx::mma_m16n8k16<T>(score, a, query[step][0], query[step][1]);
     }
-    // score[c]: rows lane / 4 and + 8; keys 8 c + 2 (lane % 4) and + 1
     const uint32_t seen = __ballot_sync(0xffffffffu, key_row(tile) >= 0);
-    uint32_t weights[4];
+    const bool in[2] = {(seen >> (lane / 4) & 1) != 0, (seen >> (8 + lane / 4) & 1) != 0};
+    float weight[2][2];  // [key][head]
+    float shrink[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float logit[4];
+    for (int h = 0; h < 2; ++h) {
+      const float first = in[0] ? score[h] * scale : -INFINITY;
+      const float second = in[1] ? score[2 + h] * scale : -INFINITY;
+      float largest = fmaxf(first, second);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const bool in = seen >> (8 * c + 2 * (lane % 4) + e) & 1;
-          logit[2 * c + e] = in ? score[c][2 * half + e] * scale : -INFINITY;
-        }
+      for (int step = 4; step < 32; step *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
       }
-      float largest = fmaxf(fmaxf(logit[0], logit[1]), fmaxf(logit[2], logit[3]));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-      const float new_top = fmaxf(top[half], largest);
-      const float base = new_top == -INFINITY ? 0.0f : new_top;
-      const float shrink = exp2f(top[half] - base);
-      top[half] = new_top;
-      float weight[4], sum = 0.0f;
+      const float new_top = fmaxf(top[h], largest);
+      const float base = softmax_shift(new_top);
+      shrink[h] = exp2f(top[h] - base);
+      top[h] = new_top;
+      weight[0][h] = exp2f(first - base);
+      weight[1][h] = exp2f(second - base);
+      total[h] = total[h] * shrink[h] + weight[0][h] + weight[1][h];
+    }
+    if (shrink[0] != 1.0f || shrink[1] != 1.0f) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        weight[e] = exp2f(logit[e] - base);
-        sum += weight[e];
-      }
-      total[half] = total[half] * shrink + sum;
-      weights[half] = ptx::pack_pair<T>(weight[0], weight[1]);
-      weights[2 + half] = ptx::pack_pair<T>(weight[2], weight[3]);
-      if (shrink != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < kDim / 8; ++i) {
-          out[i][2 * half] *= shrink;
-          out[i][2 * half + 1] *= shrink;
-        }
+      for (int i = 0; i < kSteps; ++i) {
+        out[i][0] *= shrink[0];
+        out[i][1] *= shrink[1];
+        out[i][2] *= shrink[0];
+        out[i][3] *= shrink[1];
       }
     }
+    const uint32_t low = ptx::transpose_8x8(ptx::pack_pair<T>(weight[0][0], weight[0][1]));
+    const uint32_t high = ptx::transpose_8x8(ptx::pack_pair<T>(weight[1][0], weight[1][1]));
     char* values = stage + Tile::kTileBytes;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, Tile::chunk(values, matrix_row, 2 * step + matrix_column));
-      // b: keys 0-7 and 8-15 of columns 0-7, then of columns 8-15
-      ptx::mma_m16n8k16<T>(out[2 * step], weights, b[0], b[1]);
-      ptx::mma_m16n8k16<T>(out[2 * step + 1], weights, b[2], b[3]);
+      uint32_t a[4];
+      ptx::ldmatrix_x4_trans(
+          a, Tile::chunk(values, lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+      ptx::mma_m16n8k16<T>(out[step], a, low, high);
     }
     __syncwarp();
+    if constexpr (kStages == 1) load(tile + kAhead, coming);
   }
   ptx::cp_async_wait<0>();
+  if (split < 0) return;
   __syncthreads();
 
-  // Merge the warps: sums over lanes of a row first, then over warps through shared memory.
-  float* warp_out = reinterpret_cast<float*>(shared + Tile::kQueryBytes);  // [warps, 16, kDim]
-  float2* warp_stats = reinterpret_cast<float2*>(shared);                  // [warps, 16]
+  // Merge the warps: sums over the lanes of a head first, then over warps through shared memory.
+  float* warp_out = reinterpret_cast<float*>(shared + Tile::kQueryBytes);  // [warps, 8, stride]
+  float2* warp_stats = reinterpret_cast<float2*>(shared);                  // [warps, 8]
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-    total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
-    const int row = lane / 4 + 8 * half;
-    if (lane % 4 == 0) warp_stats[warp * 16 + row] = make_float2(top[half], total[half]);
+  for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      float* to = warp_out + (warp * 16 + row) * kDim + 8 * i + 2 * (lane % 4);
-      to[0] = out[i][2 * half];
-      to[1] = out[i][2 * half + 1];
+    for (int step = 4; step < 32; step *= 2) {
+      total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
+    }
+    const int place = warp * DecodeSet::kMaxHeads + 2 * (lane % 4) + h;
+    if (lane < 4) warp_stats[place] = make_float2(top[h], total[h]);
+    float* to = warp_out + place * Tile::kSumStride + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      to[16 * i] = out[i][h];
+      to[16 * i + 8] = out[i][2 + h];
     }
   }
   __syncthreads();
   const int64_t place = (batch * p.splits + split) * p.slots_count + set.first_slot;
-  for (int i = threadIdx.x; i < set.heads_count * kDim; i += 32 * kMmaWarps) {
-    const int row = i / kDim, d = i % kDim;
+  for (int i = threadIdx.x; i < set.heads_count * kDim; i += 32 * kWarps) {
+    const int head = i / kDim, d = i % kDim;
     float largest = -INFINITY;
 #pragma unroll
-    for (int w = 0; w < kMmaWarps; ++w) largest = fmaxf(largest, warp_stats[w * 16 + row].x);
-    const float base = largest == -INFINITY ? 0.0f : largest;
+    for (int w = 0; w < kWarps; ++w) {
+      largest = fmaxf(largest, warp_stats[w * DecodeSet::kMaxHeads + head].x);
+    }
+    const float base = softmax_shift(largest);
     float sum = 0.0f, all = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kMmaWarps; ++w) {
-      const float2 stats = warp_stats[w * 16 + row];
+    for (int w = 0; w < kWarps; ++w) {
+      const int from = w * DecodeSet::kMaxHeads + head;
+      const float2 stats = warp_stats[from];
       const float share = exp2f(stats.x - base);
-      sum += share * warp_out[(w * 16 + row) * kDim + d];
+      sum += share * warp_out[from * Tile::kSumStride + d];
       all += share * stats.y;
     }
-    partials.sums[(place + row) * kDim + d] = sum;
-    if (d == 0) partials.stats[place + row] = make_float2(largest, all);
+    partials.sums[(place + head) * kDim + d] = sum;
+    if (d == 0) partials.stats[place + head] = make_float2(largest, all);
   }
+}
+
+template <typename T, int kDim, int kWarps, int kStages>
+__global__ __launch_bounds__(32 * kWarps) void decode_mma_kernel(
+    const __grid_constant__ DecodeParams p, Partials partials) {
+  extern __shared__ __align__(128) char shared[];
+  attend_split<T, kDim, kWarps, kStages, true>(p, p.sets[blockIdx.y], blockIdx.z,
+                                         static_cast<int>(blockIdx.x), partials, shared, [] {});
 }
 
 }  // namespace rtpurbo::cuda

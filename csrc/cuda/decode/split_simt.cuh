@@ -25,7 +25,7 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
   const int64_t batch = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int dim = static_cast<int>(p.dim);
-  const SetKeys keys(p, set, batch);
+  const SetKeys<true> keys(p, set, batch);
   const Range range = split_range(keys.total(), split, p.splits, kSimtWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;

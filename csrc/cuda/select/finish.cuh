@@ -1,285 +1,424 @@
 #pragma once
-// Stage 5, one block a problem: the cut inside the bin, and the place of each chunk in the result.
+// Stage 4: the cut inside the bin. The blocks of a team publish their members of it, and then each
+// finds the same cut by radix selection over all of them.
 
-#include <climits>
-
-#include "csrc/cuda/select/collect.cuh"
+#include "csrc/cuda/select/cut.cuh"
 
 namespace rtpurbo::cuda {
 
-constexpr int kFinishThreads = 512;
-constexpr int kDigitBits = 10;
-constexpr int kDigits = 1 << kDigitBits;
-constexpr int kDigitsPerThread = kDigits / kFinishThreads;
-constexpr int kCached = 2048;  // members of the list that shared memory holds
+/// This block's members of the cut bin, for the team to read.
+class Publish {
+ public:
+  struct Shared {
+    int count;
+  };
+
+  static __device__ void run(const Members& members, float top, int bin, Member* cut_members,
+                             int32_t* cut_count, Shared& shared) {
+    if (threadIdx.x == 0) shared.count = 0;
+    __syncthreads();
+    const float least = static_cast<float>(bin);
+    const float most = bin == kBins - 1 ? INFINITY : static_cast<float>(bin + 1);
+    for_each_four(members, 0, members.count(), [&](int i, const float (&scores)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float below = bins_below(top, scores[e]);
+        if (below >= least && below < most) {
+          cut_members[atomicAdd(&shared.count, 1)] = {ordered_key(scores[e]),
+                                                      members.position(i + e)};
+        }
+      }
+    });
+    __syncthreads();
+    if (threadIdx.x == 0) *cut_count = shared.count;
+  }
+};
+
+/// Members of the cut bin that all blocks of the team published.
+class Published {
+ public:
+  __device__ Published(const Member* members, const int32_t* counts, int64_t stride, int blocks)
+      : members_(members), counts_(counts), stride_(stride), blocks_(blocks) {}
+
+  __device__ int blocks() const { return blocks_; }
+  __device__ int count_of(int block) const { return __ldcg(&counts_[block]); }
+
+  __device__ Member load(int block, int i) const {
+    const uint2 loaded = __ldcg(reinterpret_cast<const uint2*>(members_ + block * stride_) + i);
+    return {loaded.x, static_cast<int32_t>(loaded.y)};
+  }
+
+  /// Calls fn(member) once for each, from some thread.
+  template <typename Fn>
+  __device__ void for_each(const Fn& fn) const {
+    for (int block = threadIdx.x / 32; block < blocks_; block += kSelectWarps) {
+      const int count = count_of(block);
+      for (int i = threadIdx.x % 32; i < count; i += 32) fn(load(block, i));
+    }
+  }
+
+ private:
+  const Member* const members_;
+  const int32_t* const counts_;
+  const int64_t stride_;
+  const int blocks_;
+};
+
+/// The same, copied to shared memory where they fit.
+class Cached {
+ public:
+  static constexpr int kMost = 2304;
+  using Scan = cub::BlockScan<int, kSelectThreads>;
+  struct Shared {
+    Member members[kMost];
+    int before[kSelectThreads];  // of each thread's block
+    typename Scan::TempStorage scan;
+  };
+
+  __device__ Cached(const Published& published, Shared& shared) : shared_(shared) {
+    int64_t count = 0;
+#pragma unroll 1
+    for (int first = 0; first < published.blocks(); first += kSelectThreads) {
+      const int block = first + static_cast<int>(threadIdx.x);
+      int before, all;
+      Scan(shared_.scan)
+          .ExclusiveSum(block < published.blocks() ? published.count_of(block) : 0, before, all);
+      shared_.before[threadIdx.x] = before;
+      __syncthreads();
+      const int fitting = static_cast<int>(min(count + all, static_cast<int64_t>(kMost)) - count);
+#pragma unroll 2
+      for (int i = threadIdx.x; i < fitting; i += kSelectThreads) {
+        int own = 0;
+#pragma unroll
+        for (int step = kSelectThreads / 2; step > 0; step /= 2) {
+          if (shared_.before[own + step] <= i) own += step;
+        }
+        shared_.members[count + i] = published.load(first + own, i - shared_.before[own]);
+      }
+      count += all;
+      __syncthreads();
+    }
+    count_ = count;
+  }
+
+  __device__ bool fits() const { return count_ <= kMost; }
+  __device__ int64_t count() const { return count_; }
+
+  template <typename Fn>
+  __device__ void for_each(const Fn& fn) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count_; i += kSelectThreads) fn(shared_.members[i]);
+  }
+
+ private:
+  int64_t count_;
+  Shared& shared_;
+};
 
 struct Units {
-  unsigned long long mass;
+  unsigned long long mass;  // of weights relative to the bin's edge, of 2^-30
   long long count;
   __device__ Units operator+(const Units& other) const {
     return {mass + other.mass, count + other.count};
   }
+  __device__ bool reaches(const Units& wanted) const {
+    return mass >= wanted.mass && count >= wanted.count;
+  }
 };
 
-/// A member of the cut bin.
-struct Member {
-  uint32_t key;
-  int32_t position;
+/// The bin that is cut: weights of its members.
+struct CutBin {
+  static constexpr int kUnitBits = 30;
+  float top;
+  int bin;
+
+  __device__ float below(const Member& m) const { return bins_below(top, score_of(m.key)); }
+
+  __device__ uint32_t weight(const Member& m) const {
+    return static_cast<uint32_t>(weight_in_bin(below(m), bin) *
+                                 static_cast<float>(1u << kUnitBits));
+  }
+
+  __device__ double unit() const { return static_cast<double>(1ull << kUnitBits) / bin_edge(bin); }
+
+  /// What the bin's members still have to give.
+  __device__ Units wanted(const Cut& cut) const {
+    const double mass = ceil((cut.target - cut.mass) * unit());
+    return {mass <= 0.0 ? 0 : static_cast<unsigned long long>(fmin(mass, 9.0e18)),
+            max(cut.floor - cut.count, 0ll)};
+  }
+
+  /// Puts the last member that is in, and what it and those before it give, into the cut.
+  __device__ void put(Cut& cut, const Member& last, const Units& reached) const {
+    cut.score = score_of(last.key);
+    cut.index = last.position;
+    cut.count += reached.count;
+    cut.mass += static_cast<double>(reached.mass) / unit();
+  }
 };
 
-/// Finds, by radix selection over the list of the cut bin's members, the smallest set from the top
-/// that holds `target` units of mass and `floor` members; among equals the lower positions.
-class CutFinder {
+/// Masses and counts by digit, and the digit at which enough is reached.
+class Digits {
  public:
-  using Scan = cub::BlockScan<Units, kFinishThreads>;
+  static constexpr int kBits = 9;
+  static constexpr int kCount = 1 << kBits;
+  using Scan = cub::BlockScan<Units, kSelectThreads>;
   struct Shared {
-    unsigned long long mass[kDigits];
-    uint32_t count[kDigits];
-    Member cached[kCached];
+    uint32_t mass_low[kCount], mass_high[kCount], count[kCount];
     typename Scan::TempStorage scan;
-    Units reached;  // before the digit found last
+    Units reached;
     int digit;
-    uint32_t least, most;
   };
 
-  __device__ CutFinder(Shared& shared, const float* scores, const int32_t* list, int count,
-                       float top, int bin)
-      : shared_(shared), scores_(scores), list_(list), count_(count), top_(top), bin_(bin) {
-    int bits = 61;
-    for (int64_t size = static_cast<int64_t>(count) + 1; size > 1; size = (size + 1) / 2) --bits;
-    unit_ = static_cast<float>(1ull << min(bits, 40));
-  }
+  __device__ explicit Digits(Shared& shared) : shared_(shared) {}
 
-  __device__ double unit() const { return unit_; }
-
-  __device__ Member member(int64_t i) const {
-    if (i < kCached) return shared_.cached[i];
-    const int32_t position = list_[i];
-    return {ordered_key(scores_[position]), position};
-  }
-
-  /// Sets the cut and returns the mass of the members that are in.
-  __device__ unsigned long long find(unsigned long long target, long long floor, uint32_t& cut_key,
-                                     int32_t& cut_index) {
-    gather();
-    const uint32_t least = shared_.least;
-    Units reached{0, 0};
-    long long equal = count_;
-    uint32_t found = 0;
-    const bool enough = descend<true>(
-        width(shared_.most - least), target, floor,
-        [&](const Member& m, uint32_t& value) {
-          value = m.key - least;
-          return true;
-        },
-        [&](const Member& m) { return weight(m.key); }, found, reached, equal);
-    if (!enough) {  // rounding: the whole bin is needed
-      cut_key = 0;
-      cut_index = INT32_MAX;
-      return reached.mass;
-    }
-    cut_key = least + found;
-    const unsigned long long each = weight(cut_key);
-    long long taken = floor - reached.count;
-    if (target > reached.mass) {
-      const unsigned long long missing = target - reached.mass;
-      taken = max(taken, each ? static_cast<long long>((missing + each - 1) / each) : equal);
-    }
-    taken = min(taken, equal);
-    cut_index = taken == equal ? INT32_MAX : nth_position(cut_key, taken);
-    return reached.mass + taken * each;
-  }
-
- private:
-  __device__ static int width(uint32_t range) { return 32 - __clz(range); }
-
-  __device__ unsigned long long weight(uint32_t key) const {
-    return static_cast<unsigned long long>(weight_in_bin(octaves_below(top_, score_of(key)), bin_) *
-                                           unit_);
-  }
-
-  /// Fills the cache, and finds the range of the keys.
-  __device__ void gather() {
-    if (threadIdx.x == 0) {
-      shared_.least = UINT32_MAX;
-      shared_.most = 0;
-    }
+  __device__ void clear() {
     __syncthreads();
-    uint32_t least = UINT32_MAX, most = 0;
-    for (int64_t i = threadIdx.x; i < count_; i += kFinishThreads) {
-      const int32_t position = list_[i];
-      const uint32_t key = ordered_key(scores_[position]);
-      if (i < kCached) shared_.cached[i] = {key, position};
-      least = min(least, key);
-      most = max(most, key);
-    }
-    least = __reduce_min_sync(0xffffffffu, least);
-    most = __reduce_max_sync(0xffffffffu, most);
-    if (threadIdx.x % 32 == 0) {
-      atomicMin(&shared_.least, least);
-      atomicMax(&shared_.most, most);
+    for (int d = threadIdx.x; d < kCount; d += kSelectThreads) {
+      shared_.mass_low[d] = shared_.mass_high[d] = shared_.count[d] = 0;
     }
     __syncthreads();
   }
 
-  /// Position of the n-th (from 1) of the members whose key is `key`.
-  __device__ int32_t nth_position(uint32_t key, long long n) {
-    Units reached{0, 0};
-    long long equal;
-    uint32_t found = 0;
-    descend<false>(
-        31, 0, n,
-        [&](const Member& m, uint32_t& value) {
-          value = static_cast<uint32_t>(m.position);
-          return m.key == key;
-        },
-        [](const Member&) { return 0ull; }, found, reached, equal);
-    return static_cast<int32_t>(found);
+  __device__ void add(int digit, uint32_t mass) {
+    // In two halves: shared memory has no 64-bit addition of its own.
+    const uint32_t before = atomicAdd(&shared_.mass_low[digit], mass);
+    if (before + mass < before) atomicAdd(&shared_.mass_high[digit], 1u);
+    atomicAdd(&shared_.count[digit], 1u);
   }
 
-  /// Radix selection over values of `bits` bits, from the largest when kDown: the first value at
-  /// which both conditions hold, what was reached before it and how many members have it. False,
-  /// with everything reached, if the conditions never hold.
-  template <bool kDown, typename Value, typename Mass>
-  __device__ bool descend(int bits, unsigned long long target, long long floor,
-                          const Value& value_of, const Mass& mass_of, uint32_t& found,
-                          Units& reached, long long& equal) {
-    for (int shift = bits; shift > 0;) {
-      const int digit_bits = min(kDigitBits, shift);
-      shift -= digit_bits;
-      const uint32_t digit_mask = (1u << digit_bits) - 1;
-      __syncthreads();
-      for (int d = threadIdx.x; d < kDigits; d += kFinishThreads) {
-        shared_.mass[d] = 0;
-        shared_.count[d] = 0;
-      }
-      __syncthreads();
-      for (int64_t i = threadIdx.x; i < count_; i += kFinishThreads) {
-        const Member m = member(i);
-        uint32_t value;
-        if (!value_of(m, value)) continue;
-        const uint32_t rest = value >> shift;
-        if (static_cast<uint64_t>(rest) >> digit_bits != found) continue;
-        if constexpr (kDown) atomicAdd(&shared_.mass[rest & digit_mask], mass_of(m));
-        atomicAdd(&shared_.count[rest & digit_mask], 1u);
-      }
-      __syncthreads();
-      if (!find_digit<kDown>(reached, target, floor)) {
-        reached = shared_.reached;
-        return false;
-      }
-      found = found << digit_bits | static_cast<uint32_t>(shared_.digit);
-      reached = shared_.reached;
-      equal = shared_.count[shared_.digit];
-    }
-    return true;
-  }
-
-  /// Sets digit and reached to the first digit at which both conditions hold; false, with reached
-  /// at the end, if there is none.
+  /// The first digit, from the largest with kDown, at which `wanted` is reached, or -1.
   template <bool kDown>
-  __device__ bool find_digit(const Units& before, unsigned long long target, long long floor) {
-    Units own[kDigitsPerThread];
-    Units sum{0, 0};
+  __device__ int find(const Units& before, const Units& wanted) {
+    constexpr int kOwn = kCount / kSelectThreads;
     const auto digit_at = [](int j) {
-      const int place = threadIdx.x * kDigitsPerThread + j;
-      return kDown ? kDigits - 1 - place : place;
+      const int place = threadIdx.x * kOwn + j;
+      return kDown ? kCount - 1 - place : place;
     };
-    for (int j = 0; j < kDigitsPerThread; ++j) {
-      own[j] = {shared_.mass[digit_at(j)], shared_.count[digit_at(j)]};
-      sum = sum + own[j];
-    }
-    Units above, all;
-    Scan(shared_.scan)
-        .ExclusiveScan(
-            sum, above, Units{0, 0}, [](const Units& a, const Units& b) { return a + b; }, all);
-    if (threadIdx.x == 0) {
-      shared_.digit = -1;
-      shared_.reached = before + all;
-    }
+    const auto units_at = [&](int j) {
+      const int digit = digit_at(j);
+      return Units{static_cast<unsigned long long>(shared_.mass_high[digit]) << 32 |
+                       shared_.mass_low[digit],
+                   shared_.count[digit]};
+    };
+    __syncthreads();
+    Units sum{0, 0};
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) sum = sum + units_at(j);
+    Units above;
+    Scan(shared_.scan).ExclusiveScan(sum, above, Units{0, 0}, [](const Units& a, const Units& b) {
+      return a + b;
+    });
+    if (threadIdx.x == 0) shared_.digit = -1;
     __syncthreads();
     Units reached = before + above;
-    for (int j = 0; j < kDigitsPerThread; ++j) {
-      const Units next = reached + own[j];
-      const bool was = reached.mass >= target && reached.count >= floor;
-      if (!was && own[j].count > 0 && next.mass >= target && next.count >= floor) {
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const Units own = units_at(j);
+      const Units next = reached + own;
+      if (!reached.reaches(wanted) && own.count > 0 && next.reaches(wanted)) {
         shared_.digit = digit_at(j);
         shared_.reached = reached;
       }
       reached = next;
     }
     __syncthreads();
-    return shared_.digit >= 0;
+    return shared_.digit;
   }
 
+  /// Of the digit found last: what was reached before it, and its members.
+  __device__ Units reached() const { return shared_.reached; }
+  __device__ int count() const { return shared_.count[shared_.digit]; }
+
+ private:
   Shared& shared_;
-  const float* scores_;
-  const int32_t* list_;
-  const int count_;
-  const float top_;
-  const int bin_;
-  float unit_;
 };
 
-/// The cut inside the bin, the chunks' places, count and mass.
-__global__ __launch_bounds__(kFinishThreads) void finish_kernel(SelectParams p, Workspace w) {
-  __shared__ CutFinder::Shared finder_shared;
-  using Scan = cub::BlockScan<int, kFinishThreads>;
-  __shared__ typename Scan::TempStorage scan_storage;
-  const int64_t local = blockIdx.x;
-  Problem& problem = w.problems[local];
-  const float* scores = w.scores + local * w.members;
-  const int32_t* list = w.list + local * w.members;
-  int32_t* chunk_counts = w.chunk_counts + local * w.chunks;
-  const int bin = problem.cut_bin;
-  double mass = problem.mass_above;
-  uint32_t cut_key = 0;
-  int32_t cut_index = INT32_MAX;
-  if (!trivial(p, problem) && bin >= 0 && bin < kBins && p.exact) {
-    const int collected = static_cast<int>(problem.collected);
-    CutFinder finder(finder_shared, scores, list, collected, score_of(problem.top_key), bin);
-    const double scale = finder.unit() / bin_edge(bin);
-    const double wanted = ceil((problem.target - mass) * scale);
-    const unsigned long long target =
-        wanted <= 0.0 ? 0 : static_cast<unsigned long long>(fmin(wanted, 9.0e18));
-    const unsigned long long units = finder.find(target, problem.floor_left, cut_key, cut_index);
-    mass += static_cast<double>(units) / scale;
-    for (int64_t i = threadIdx.x; i < collected; i += kFinishThreads) {
-      const Member m = finder.member(i);
-      if (m.key > cut_key || (m.key == cut_key && m.position <= cut_index)) {
-        atomicAdd(&chunk_counts[m.position / kChunk], 1);
+/// The usual case: the bin's members fit shared memory, and few share a 512th of the bin.
+class QuickCut {
+ public:
+  static constexpr int kFew = 32;
+  struct Shared {
+    Digits::Shared digits;
+    Member few[kFew];
+    int few_count;
+    Member last;
+    Units reached;
+    bool found;
+  };
+
+  /// False, with the cut unchanged, in other cases.
+  static __device__ bool run(const Cached& cached, float top, Cut& cut, Shared& shared) {
+    const CutBin bin{top, cut.bin};
+    const Units wanted = bin.wanted(cut);
+    Digits digits(shared.digits);
+    const auto part_of = [&](const Member& m) {
+      const float part = (bin.below(m) - static_cast<float>(bin.bin)) * Digits::kCount;
+      return static_cast<int>(fminf(part, Digits::kCount - 1.0f));
+    };
+    digits.clear();
+    cached.for_each([&](const Member& m) { digits.add(part_of(m), bin.weight(m)); });
+    const int part = digits.find<false>({0, 0}, wanted);
+    if (part < 0 || digits.count() > kFew) return false;
+    if (threadIdx.x == 0) {
+      shared.few_count = 0;
+      shared.found = false;
+    }
+    __syncthreads();
+    cached.for_each([&](const Member& m) {
+      if (part_of(m) == part) shared.few[atomicAdd(&shared.few_count, 1)] = m;
+    });
+    __syncthreads();
+    if (threadIdx.x < 32) pick(bin, digits.reached(), wanted, shared);
+    __syncthreads();
+    if (shared.found) bin.put(cut, shared.last, shared.reached);
+    return shared.found;
+  }
+
+ private:
+  /// The member at which enough is reached; lanes hold one each.
+  static __device__ void pick(const CutBin& bin, const Units& reached, const Units& wanted,
+                              Shared& shared) {
+    const int lane = threadIdx.x, count = shared.few_count;
+    const Member own = lane < count ? shared.few[lane] : Member{0, INT32_MAX};
+    const uint32_t own_weight = lane < count ? bin.weight(own) : 0;
+    Units before = reached;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const uint32_t key = __shfl_sync(0xffffffffu, own.key, i);
+      const int32_t position = __shfl_sync(0xffffffffu, own.position, i);
+      const uint32_t weight = __shfl_sync(0xffffffffu, own_weight, i);
+      if (key > own.key || (key == own.key && position < own.position)) {
+        before = before + Units{weight, 1};
       }
     }
-  } else if (!p.exact && bin >= 0 && bin < kBins) {
-    mass +=
-        static_cast<double>(w.bin_mass[local * kBins + bin]) * bin_edge(bin) / (1 << kBinFraction);
-  }
-  __threadfence();
-  __syncthreads();
-  int total = 0;
-  for (int64_t base = 0; base < w.chunks; base += kFinishThreads) {
-    const int64_t i = base + threadIdx.x;
-    const int own = i < w.chunks ? __ldcg(&chunk_counts[i]) : 0;
-    int before, all;
-    Scan(scan_storage).ExclusiveSum(own, before, all);
-    __syncthreads();
-    if (i < w.chunks) chunk_counts[i] = total + before;
-    total += all;
-  }
-  if (threadIdx.x == 0) {
-    problem.cut_key = cut_key;
-    problem.cut_index = cut_index;
-    problem.count = total;
-    const int64_t place = w.first + local;
-    p.counts_ptr[place] = total <= p.capacity ? total : -1;
-    float share = 1.0f;
-    if (problem.poisoned) {
-      share = NAN;
-    } else if (!trivial(p, problem)) {
-      share = static_cast<float>(fmin(1.0, mass / problem.total));
+    const Units after = before + Units{own_weight, 1};
+    if (lane < count && !before.reaches(wanted) && after.reaches(wanted)) {
+      shared.last = own;
+      shared.reached = after;
+      shared.found = true;
     }
-    p.mass_ptr[place] = share;
   }
-}
+};
+
+/// Every case: finds the smallest set from the top by radix selection over keys; among equals the
+/// lower positions, by radix selection over positions.
+class AnyCut {
+ public:
+  struct Shared {
+    Digits::Shared digits;
+    uint32_t least, most;
+    unsigned long long mass;
+  };
+
+  static __device__ __noinline__ Cut run(Published published, int64_t count, float top, Cut cut,
+                                         Shared& shared) {
+    const CutBin bin{top, cut.bin};
+    const Units wanted = bin.wanted(cut);
+    Digits digits(shared.digits);
+    find_range(published, shared);
+    const uint32_t least = shared.least;
+    Units reached{0, 0};
+    uint32_t found = 0;  // the digits so far of key - least
+    int64_t left = count;
+    for (int shift = 32 - __clz(shared.most - least); shift > 0;) {
+      const int bits = min(Digits::kBits, shift);
+      shift -= bits;
+      digits.clear();
+      published.for_each([&](const Member& m) {
+        const uint32_t rest = (m.key - least) >> shift;
+        if (static_cast<uint64_t>(rest) >> bits != found) return;
+        digits.add(static_cast<int>(rest & ((1u << bits) - 1)), bin.weight(m));
+      });
+      const int digit = digits.find<true>(reached, wanted);
+      if (digit < 0) {  // rounding: the whole bin is needed
+        sum_masses(published, bin, shared);
+        bin.put(cut, {least, INT32_MAX}, {shared.mass, count});
+        return cut;
+      }
+      found = found << bits | static_cast<uint32_t>(digit);
+      reached = digits.reached();
+      left = digits.count();
+    }
+    const uint32_t key = least + found;
+    const unsigned long long each = bin.weight({key, 0});
+    long long taken = wanted.count - reached.count;
+    if (wanted.mass > reached.mass) {
+      const unsigned long long missing = wanted.mass - reached.mass;
+      taken = max(taken, each ? static_cast<long long>((missing + each - 1) / each)
+                              : static_cast<long long>(left));
+    }
+    taken = min(taken, static_cast<long long>(left));
+    const int32_t last =
+        taken < left ? find_position(published, key, taken, digits) : INT32_MAX;
+    bin.put(cut, {key, last}, reached + Units{taken * each, taken});
+    return cut;
+  }
+
+ private:
+  static __device__ void find_range(const Published& published, Shared& shared) {
+    if (threadIdx.x == 0) {
+      shared.least = UINT32_MAX;
+      shared.most = 0;
+    }
+    __syncthreads();
+    published.for_each([&](const Member& m) {
+      atomicMin(&shared.least, m.key);
+      atomicMax(&shared.most, m.key);
+    });
+    __syncthreads();
+  }
+
+  static __device__ void sum_masses(const Published& published, const CutBin& bin,
+                                    Shared& shared) {
+    if (threadIdx.x == 0) shared.mass = 0;
+    __syncthreads();
+    published.for_each([&](const Member& m) {
+      atomicAdd(&shared.mass, static_cast<unsigned long long>(bin.weight(m)));
+    });
+    __syncthreads();
+  }
+
+  /// Position of the n-th (from 1) of the members with this key.
+  static __device__ int32_t find_position(const Published& published, uint32_t key, long long n,
+                                          Digits& digits) {
+    Units passed{0, 0};
+    uint32_t found = 0;
+    for (int shift = 31; shift > 0;) {
+      const int bits = min(Digits::kBits, shift);
+      shift -= bits;
+      digits.clear();
+      published.for_each([&](const Member& m) {
+        const uint32_t rest = static_cast<uint32_t>(m.position) >> shift;
+        if (m.key == key && rest >> bits == found) {
+          digits.add(static_cast<int>(rest & ((1u << bits) - 1)), 0);
+        }
+      });
+      const int digit = digits.find<false>(passed, {0, n});
+      found = found << bits | static_cast<uint32_t>(digit);
+      passed = digits.reached();
+    }
+    return static_cast<int32_t>(found);
+  }
+};
+
+/// The stage as a whole, after the blocks published.
+class Finish {
+ public:
+  struct Shared {
+    Cached::Shared cached;
+    union {
+      QuickCut::Shared quick;
+      AnyCut::Shared any;
+    };
+  };
+
+  static __device__ void run(const Published& published, float top, Cut& cut, Shared& shared) {
+    const Cached cached(published, shared.cached);
+    if (cached.fits() && QuickCut::run(cached, top, cut, shared.quick)) return;
+    __syncthreads();
+    cut = AnyCut::run(published, cached.count(), top, cut, shared.any);
+  }
+};
 
 }  // namespace rtpurbo::cuda

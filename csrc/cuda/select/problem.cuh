@@ -1,6 +1,8 @@
 #pragma once
 // One selection problem is one query row: its members are keys, or blocks of keys, with a score
-// each. A launch works on a run of problems, so that the workspace stays bounded.
+// each. A team of blocks works on it; every block keeps the scores of its own members from the
+// first stage to the last. A stage runs once or a few times: its code is kept small, because to fetch
+// it costs more than to run it.
 
 #include <cuda_runtime.h>
 
@@ -12,87 +14,74 @@
 
 namespace rtpurbo::cuda {
 
-/// A bin spans 2^(1/16) in weight below the row's largest score; the last one holds all the rest.
-constexpr int kBins = 2048;
-constexpr float kBinsPerOctave = 16.0f;
+constexpr int kSelectThreads = 256;
+constexpr int kSelectWarps = kSelectThreads / 32;
 
-/// Masses in a bin are relative to the bin's upper edge, in units of 2^-17: 32 bits hold those of
-/// kBinKeys members.
-constexpr int kBinFraction = 17;
-constexpr int kBinKeys = 32764;
+/// Keys that a warp scores at a time; the largest block of keys that can be a member.
+constexpr int kGroupKeys = 64;
 
-constexpr int kScanKeys = 2048;  // keys that a block scores
-constexpr int kChunk = 4096;     // members that a block collects or emits
+/// A bin spans 2^(1/8) in weight below the row's largest score; the last one holds all the rest.
+constexpr int kBins = 512;
+constexpr float kBinsPerOctave = 8.0f;
 
-/// What the stages find out about a problem; zeroed before the first.
-struct Problem {
-  // scan
-  uint32_t top_key;    // ordered key of the largest score
-  uint32_t poisoned;   // a NaN or +inf score or near mass
+/// What a block of a team saw of its members' scores.
+struct BlockStats {
+  uint32_t top_key;    // ordered key of the largest finite score, 0 for none
+  uint32_t poisoned;   // a NaN or +inf score
   int32_t candidates;  // members with a score above -inf
-  // cut
-  int32_t cut_bin;     // members of lower bins are in, of this one those down to the cut
-  int32_t floor_left;  // members of cut_bin that the floor still asks for
-  double total;        // all mass, relative to the largest score
-  double mass_above;   // of near keys and of members in lower bins
-  double target;
-  // collect
-  uint32_t collected;  // members of cut_bin in the list
-  // finish
-  uint32_t cut_key;   // members of cut_bin with a larger ordered key are in
-  int32_t cut_index;  // and those with this key up to this position
-  int32_t count;
+  float near_shift;    // in form `full` the near keys' mass: exp(shift) * sum
+  float near_sum;
 };
 
-/// cut_bin when no member, or every member, is in.
-constexpr int kNoBin = -1;
-constexpr int kAllBins = kBins;
-
-/// Pointers into the workspace, for the problems [first, first + count).
-struct Workspace {
-  Problem* problems;             // [count]
-  unsigned long long* bin_mass;  // [count, kBins]
-  uint32_t* bin_count;           // [count, kBins]
-  float* scores;                 // [count, members]
-  float2* near;                  // [count, scan_chunks], mass of near keys' scores in form `full`
-  int32_t* list;                 // [count, members]
-  int32_t* chunk_counts;         // [count, chunks], then their prefix sums
-  int64_t first, count;
-  int64_t members;              // of a problem, rounded up to 4
-  int64_t scan_chunks, chunks;  // of kScanKeys keys, of kChunk members
+/// A member whose bin is cut.
+struct Member {
+  uint32_t key;
+  int32_t position;
 };
 
-/// The scores of four members from a multiple of four on.
-__device__ __forceinline__ float4 four_scores(const float* scores, int64_t i, int64_t members) {
-  constexpr float kNone = -INFINITY;
-  return i < members ? *reinterpret_cast<const float4*>(scores + i)
-                     : make_float4(kNone, kNone, kNone, kNone);
-}
-
-__device__ __forceinline__ float element(const float4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
+/// Pointers into the workspace.
+struct SelectWorkspace {
+  uint32_t* arrivals;                // [teams], of Team::sync
+  BlockStats* stats;                 // [teams * team_size]
+  unsigned long long* bin_mass;      // [teams, kBins]
+  uint32_t* bin_count;               // [teams, kBins]
+  Member* cut_members;               // [teams * team_size, block_members]
+  int32_t* cut_counts;               // [teams * team_size]
+  float* scores;                     // [teams * team_size, block_members], null: in shared memory
+  uint64_t* selected;                // [teams, groups]: bit i of word j is key 64 j + i; select only
+  uint32_t* chunk_counts;            // [teams, chunks], select only
+  int32_t teams, team_size;
+  int32_t warp_groups;               // that a warp has room for
+  int32_t block_members;             // that a block has room for
+  int64_t groups;                    // words of a problem's mask
+  int64_t chunks;
+};
 
 /// The score that an ordered key was made of.
 __device__ __forceinline__ float score_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-/// Octaves that a score lies below the largest.
-__device__ __forceinline__ float octaves_below(float top, float score) {
-  return (top - score) * kLog2E;
+/// How many bins a score lies below the largest one.
+__device__ __forceinline__ float bins_below(float top, float score) {
+  return (top - score) * kLog2E * kBinsPerOctave;
 }
 
-__device__ __forceinline__ int bin_of(float octaves) {
-  return static_cast<int>(fminf(octaves * kBinsPerOctave, kBins - 1.0f));
+__device__ __forceinline__ int bin_of(float below) {
+  return static_cast<int>(fminf(below, kBins - 1.0f));
 }
 
-/// Weight relative to the upper edge of the bin, in (2^-1/16, 1]; less in the last bin.
-__device__ __forceinline__ float weight_in_bin(float octaves, int bin) {
-  return exp2f(static_cast<float>(bin) / kBinsPerOctave - octaves);
+/// Weight relative to the upper edge of the bin, in (2^-1/8, 1]; less in the last bin.
+__device__ __forceinline__ float weight_in_bin(float below, int bin) {
+  return fast_exp2((static_cast<float>(bin) - below) * (1.0f / kBinsPerOctave));
 }
 
-/// Far keys [begin, end) of a row: behind the sinks, before the window.
+/// Weight of a bin's upper edge relative to the largest score.
+__device__ __forceinline__ double bin_edge(int bin) {
+  return exp2f(-static_cast<float>(bin) / kBinsPerOctave);
+}
+
+/// Far keys [far_begin, far_end) of a row: behind the sinks, before the window.
 struct Row {
   int64_t batch, head, row;
   int64_t start, position;

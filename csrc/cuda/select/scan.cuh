@@ -5,13 +5,10 @@
 #include <cfloat>
 
 #include "csrc/cuda/element.cuh"
-#include "csrc/cuda/select/problem.cuh"
+#include "csrc/cuda/select/members.cuh"
+#include "csrc/cuda/select/stats.cuh"
 
 namespace rtpurbo::cuda {
-
-constexpr int kScanThreads = 256;
-constexpr int kScanWarps = kScanThreads / 32;
-constexpr int kScanSteps = kScanKeys / kScanThreads;  // keys of a thread
 
 __device__ __forceinline__ float load_as_float(ElementType type, const void* ptr, int64_t i) {
   switch (type) {
@@ -24,81 +21,98 @@ __device__ __forceinline__ float load_as_float(ElementType type, const void* ptr
   }
 }
 
-/// Of 32 consecutive keys, the one that a lane scores: even lanes the first half. Two lanes then
-/// load a key's 32 bytes side by side.
-__device__ __forceinline__ int key_of_lane(int lane) { return lane % 2 * 16 + lane / 2; }
-
-/// Lane's q . k for its key among the 32 at `keys`; those outside [begin, end) are not read.
-template <typename TK>
-__device__ __forceinline__ float index_dot(const float* query, const TK* keys, int64_t stride,
-                                           int dim, int64_t begin, int64_t end, int lane) {
-  const int own = key_of_lane(lane);
-  float sum = 0.0f;
-  if (own < begin || own >= end) return sum;
-  for (int d = 0; d < dim; ++d) sum = fmaf(query[d], to_float(keys[own * stride + d]), sum);
-  return sum;
-}
-
-/// Half a key of 16 dimensions, in one load for 16-bit types.
-template <typename TK>
-struct alignas(16) HalfKey {
-  TK values[8];
-
-  __device__ float dot(const float (&query)[8]) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int d = 0; d < 8; ++d) sum = fmaf(query[d], to_float(values[d]), sum);
-    return sum;
-  }
-};
-
-/// Both lanes of a pair hold halves of two keys; each gets the whole sum of its own key.
-__device__ __forceinline__ float exchange_halves(float first, float second, int lane) {
-  const bool odd = lane % 2;
-  const float received = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
-  return (odd ? second : first) + received;
-}
-
-/// log of a sum of exponentials, kept as a shift and a sum relative to it.
-struct LogSum {
-  float shift = -INFINITY;
-  float sum = 0.0f;
-
-  /// A NaN or an infinite score makes the sum NaN.
-  __device__ void add(float other_shift, float other_sum) {
-    const float top = fmaxf(shift, other_shift);
-    if (top == -INFINITY && other_sum == 0.0f) return;
-    const float base = top == -INFINITY ? 0.0f : top;
-    sum = sum * expf(shift - base) + other_sum * expf(other_shift - base);
-    shift = top;
-  }
-};
-
-/// The lanes' sums together, in lane 0.
-__device__ __forceinline__ LogSum warp_log_sum(LogSum sum) {
-  for (int step = 16; step > 0; step /= 2) {
-    sum.add(__shfl_down_sync(0xffffffffu, sum.shift, step),
-            __shfl_down_sync(0xffffffffu, sum.sum, step));
-  }
-  return sum;
-}
-
-/// Log-mass of the keys of 16 lanes of one parity, or with kAll of the whole warp; of two keys a
-/// lane when `other` takes part (-inf otherwise).
-template <bool kAll>
-__device__ __forceinline__ float block_log_mass(float score, float other) {
-  constexpr int kLeast = kAll ? 1 : 2;
+/// Log-mass of the keys of `lanes` adjacent lanes, of two keys a lane.
+static __device__ __noinline__ float block_log_mass(float score, float other, int lanes) {
   float top = fmaxf(score, other);
-#pragma unroll
-  for (int step = 16; step >= kLeast; step /= 2) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   }
   const float base = top == -INFINITY ? 0.0f : top;
   float sum = expf(score - base) + expf(other - base);
-#pragma unroll
-  for (int step = 16; step >= kLeast; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   return base + logf(sum);
 }
+
+/// The scores that a lane has of a group: of key `lane` and of key `32 + lane`.
+struct GroupScores {
+  float of_half[2];
+};
+
+/// Keys of 16 dimensions whose rows are aligned to 16 bytes: those of several groups are on their
+/// way before the first is needed.
+template <typename TK>
+class WideScorer {
+ public:
+  static constexpr int kGroups = sizeof(TK) == 2 ? 2 : 1;  // scored at a time
+
+  __device__ WideScorer(const SelectParams& p, const float* query) {
+#pragma unroll
+    for (int d = 0; d < 16; ++d) query_[d] = query[d];
+  }
+
+  /// Scores keys[0, 64) of each group, without those outside [begin, end).
+  __device__ void score(const TK* const (&keys)[kGroups], int64_t stride,
+                        const int64_t (&first)[kGroups], int64_t begin, int64_t end,
+                        GroupScores (&scores)[kGroups]) const {
+    Key loaded[kGroups][2];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int own = half * 32 + static_cast<int>(threadIdx.x) % 32;
+        const int64_t n = first[g] + own;
+        loaded[g][half] = {};
+        if (n >= begin && n < end) loaded[g][half] = *reinterpret_cast<const Key*>(keys[g] + own * stride);
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) scores[g].of_half[half] = dot(loaded[g][half]);
+    }
+  }
+
+ private:
+  struct alignas(16) Key {
+    TK values[16];
+  };
+
+  __device__ float dot(const Key& key) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int d = 0; d < 16; ++d) sum = fmaf(query_[d], to_float(key.values[d]), sum);
+    return sum;
+  }
+
+  float query_[16];
+};
+
+/// Keys of any dimension and stride.
+template <typename TK>
+class AnyScorer {
+ public:
+  static constexpr int kGroups = 1;
+
+  __device__ AnyScorer(const SelectParams& p, const float* query)
+      : query_(query), dim_(static_cast<int>(p.dim)) {}
+
+  __device__ void score(const TK* const (&keys)[1], int64_t stride, const int64_t (&first)[1],
+                        int64_t begin, int64_t end, GroupScores (&scores)[1]) const {
+    for (int half = 0; half < 2; ++half) {
+      const int own = half * 32 + static_cast<int>(threadIdx.x) % 32;
+      const int64_t n = first[0] + own;
+      float sum = 0.0f;
+      if (n >= begin && n < end) {
+        for (int d = 0; d < dim_; ++d) sum = fmaf(query_[d], to_float(keys[0][own * stride + d]), sum);
+      }
+      scores[0].of_half[half] = sum;
+    }
+  }
+
+ private:
+  const float* const query_;
+  const int dim_;
+};
 
 /// What a thread saw of the members' scores.
 struct ScoreStats {
@@ -117,121 +131,92 @@ struct ScoreStats {
   }
 };
 
-/// kPaired: 16 dimensions, rows of 16-byte alignment.
-template <typename TK, bool kPaired>
-__global__ __launch_bounds__(kScanThreads) void scan_kernel(SelectParams p, Workspace w) {
-  __shared__ float query[kPaired ? 16 : kMaxIndexDim];
-  __shared__ ScoreStats stats;
-  __shared__ LogSum warp_near[kScanWarps];
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int dim = kPaired ? 16 : static_cast<int>(p.dim);
-  const Row row = row_of(p, w.first + blockIdx.y);
-  const int64_t q_offset = row.batch * p.q_index.batch_stride + row.head * p.q_index.head_stride +
-                           row.row * p.q_index.row_stride;
-  const float scale = rsqrtf(static_cast<float>(dim));
-  for (int d = thread; d < dim; d += kScanThreads) {
-    query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
-  }
-  if (thread == 0) stats = ScoreStats();
-  __syncthreads();
+template <typename TK, typename Scorer>
+class Scan {
+ public:
+  struct Shared {
+    float query[kMaxIndexDim];
+    BlockStats of_warp[kSelectWarps];
+  };
 
-  const TK* keys = static_cast<const TK*>(p.k_index.ptr) + row.batch * p.k_index.batch_stride +
-                   p.index_map.heads[row.head] * p.k_index.head_stride;
-  const int64_t stride = p.k_index.row_stride;
-  const bool wants_near = p.near_lse_ptr == nullptr;
-  // Keys that are scored; the others are not read.
-  const int64_t begin = wants_near ? row.start : row.far_begin;
-  const int64_t end = wants_near ? row.position + 1 : row.far_end;
-  const int64_t warp_first =
-      static_cast<int64_t>(blockIdx.x) * kScanKeys + warp * (kScanKeys / kScanWarps);
-  float value[kScanSteps];
-  if constexpr (kPaired) {
-    const int half = lane % 2 * 8;
-    float part[8];
+  /// Scores this block's members of the row; its statistics go to `stats`.
+  static __device__ void run(const SelectParams& p, const Row& row, Members& members,
+                             Shared& shared, BlockStats& stats) {
+    constexpr int kGroups = Scorer::kGroups;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int64_t q_offset = row.batch * p.q_index.batch_stride +
+                             row.head * p.q_index.head_stride + row.row * p.q_index.row_stride;
+    const float scale = rsqrtf(static_cast<float>(p.dim));
+    for (int d = thread; d < p.dim; d += kSelectThreads) {
+      shared.query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
+    }
+    __syncthreads();
+    const Scorer scorer(p, shared.query);
+    const TK* keys = static_cast<const TK*>(p.k_index.ptr) + row.batch * p.k_index.batch_stride +
+                     p.index_map.heads[row.head] * p.k_index.head_stride;
+    const int64_t stride = p.k_index.row_stride;
+    // Keys that are scored; the others are not read.
+    const int64_t begin = p.near_is_scored ? row.start : row.far_begin;
+    const int64_t end = p.near_is_scored ? row.position + 1 : row.far_end;
+    members.take(begin, end);
+
+    ScoreStats own;
+    LogSum near;
+    const auto keep = [&](int i, float score) {
+      members.score(i) = score;
+      own.add(score);
+    };
+#pragma unroll 1
+    for (int i = 0; i < members.groups(); i += kGroups) {
+      const TK* group_keys[kGroups];
+      int64_t first[kGroups];
 #pragma unroll
-    for (int d = 0; d < 8; ++d) part[d] = query[half + d];
-    HalfKey<TK> loaded[kScanSteps][2];
+      for (int g = 0; g < kGroups; ++g) {
+        first[g] = i + g < members.groups() ? static_cast<int64_t>(members.group(i + g)) * kGroupKeys
+                                            : end;
+        group_keys[g] = keys + first[g] * stride;
+      }
+      GroupScores scores[kGroups];
+      scorer.score(group_keys, stride, first, begin, end, scores);
 #pragma unroll
-    for (int step = 0; step < kScanSteps; ++step) {
+      for (int g = 0; g < kGroups; ++g) {
+        if (i + g >= members.groups()) break;
+        float value[2];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int64_t n = warp_first + step * 32 + j * 16 + lane / 2;
-        loaded[step][j] = {};
-        if (n >= begin && n < end) {
-          loaded[step][j] = *reinterpret_cast<const HalfKey<TK>*>(keys + n * stride + half);
+        for (int half = 0; half < 2; ++half) {
+          const int64_t n = first[g] + half * 32 + lane;
+          value[half] = scores[g].of_half[half];
+          const bool far = n >= row.far_begin && n < row.far_end;
+          if (p.near_is_scored && !far && n >= begin && n < end && value[half] != -INFINITY) {
+            near.add(value[half], 1.0f);
+          }
+          if (!far) value[half] = -INFINITY;
+        }
+        const int place = (i + g) * members.of_group();
+        if (p.block_size == 1) {
+          keep(place + lane, value[0]);
+          keep(place + 32 + lane, value[1]);
+        } else if (p.block_size == 64) {
+          const float mass = block_log_mass(value[0], value[1], 32);
+          if (lane == 0) keep(place, mass);
+        } else {
+          const int size = static_cast<int>(p.block_size);
+#pragma unroll 1
+          for (int half = 0; half < 2; ++half) {
+            const float mass = block_log_mass(value[half], -INFINITY, size);
+            if (lane % size == 0) keep(place + half * (32 / size) + lane / size, mass);
+          }
         }
       }
     }
-#pragma unroll
-    for (int step = 0; step < kScanSteps; ++step) {
-      value[step] = exchange_halves(loaded[step][0].dot(part), loaded[step][1].dot(part), lane);
-    }
-  } else {
-    for (int step = 0; step < kScanSteps; ++step) {
-      const int64_t first = warp_first + step * 32;
-      value[step] =
-          index_dot(query, keys + first * stride, stride, dim, begin - first, end - first, lane);
-    }
+    const BlockStats of_warp = warp_stats(own.top_key, own.poisoned, own.candidates, near, p.near_is_scored);
+    if (lane == 0) shared.of_warp[warp] = of_warp;
+    __syncthreads();
+    if (warp != 0) return;
+    const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, p.near_is_scored);
+    if (lane == 0) stats = of_block;
   }
 
-  const int block_size = static_cast<int>(p.block_size);
-  float* scores = w.scores + blockIdx.y * w.members;
-  ScoreStats own;
-  LogSum near;
-#pragma unroll
-  for (int step = 0; step < kScanSteps; ++step) {
-    const int64_t n = warp_first + step * 32 + key_of_lane(lane);
-    const bool far = n >= row.far_begin && n < row.far_end;
-    if (!far && n >= begin && n < end && value[step] != -INFINITY) near.add(value[step], 1.0f);
-    if (!far) value[step] = -INFINITY;
-  }
-  const auto keep = [&](int64_t member, float score) {
-    if (member < w.members) {
-      scores[member] = score;
-      own.add(score);
-    }
-  };
-#pragma unroll
-  for (int step = 0; step < kScanSteps; ++step) {
-    const int64_t first = warp_first + step * 32;
-    if (block_size == 64) {
-      if (step % 2) continue;
-      const float mass = block_log_mass<true>(value[step], value[step + 1]);
-      if (lane == 0) keep(first / 64, mass);
-    } else if (block_size == 32) {
-      const float mass = block_log_mass<true>(value[step], -INFINITY);
-      if (lane == 0) keep(first / 32, mass);
-    } else if (block_size == 16) {
-      const float mass = block_log_mass<false>(value[step], -INFINITY);
-      if (lane < 2) keep(first / 16 + lane, mass);
-    } else {
-      keep(first + key_of_lane(lane), value[step]);
-    }
-  }
-  own.top_key = __reduce_max_sync(0xffffffffu, own.top_key);
-  own.poisoned = __reduce_or_sync(0xffffffffu, own.poisoned);
-  own.candidates = __reduce_add_sync(0xffffffffu, own.candidates);
-  near = warp_log_sum(near);
-  if (lane == 0) {
-    atomicMax(&stats.top_key, own.top_key);
-    atomicOr(&stats.poisoned, own.poisoned);
-    atomicAdd(&stats.candidates, own.candidates);
-    warp_near[warp] = near;
-  }
-  __syncthreads();
-  if (thread == 0) {
-    Problem& problem = w.problems[blockIdx.y];
-    if (stats.candidates) {
-      atomicMax(&problem.top_key, stats.top_key);
-      atomicOr(&problem.poisoned, stats.poisoned);
-      atomicAdd(&problem.candidates, stats.candidates);
-    }
-    if (wants_near) {
-      for (int i = 1; i < kScanWarps; ++i) warp_near[0].add(warp_near[i].shift, warp_near[i].sum);
-      w.near[blockIdx.y * w.scan_chunks + blockIdx.x] =
-          make_float2(warp_near[0].shift, warp_near[0].sum);
-    }
-  }
-}
+};
 
 }  // namespace rtpurbo::cuda

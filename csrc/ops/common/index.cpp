@@ -73,6 +73,18 @@ void check_index(const char* op, const at::Tensor& q_index, const at::Tensor& k_
   }
 }
 
+void check_selection(const char* op, double p, int64_t min_tokens, int64_t block_size) {
+  TORCH_CHECK_VALUE(p > 0 && p <= 1, "rtpurbo::", op, ": p must be in (0, 1], got ", p);
+  TORCH_CHECK_VALUE(min_tokens >= 0, "rtpurbo::", op, ": min_tokens must be >= 0, got ",
+                    min_tokens);
+  TORCH_CHECK_VALUE(block_size == 1 || block_size == 16 || block_size == 32 || block_size == 64,
+                    "rtpurbo::", op, ": block_size must be 1, 16, 32 or 64, got ", block_size);
+}
+
+int64_t min_members(int64_t min_tokens, int64_t block_size) {
+  return min_tokens / block_size + (min_tokens % block_size != 0);
+}
+
 at::Tensor per_head(const char* op, const char* name, const std::optional<at::Tensor>& values,
                     const at::Tensor& q_index, at::ScalarType dtype) {
   if (!values) return {};

@@ -21,6 +21,12 @@ at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b);
 void check_index(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                  at::IntArrayRef index_map);
 
+/// Checks p in (0, 1], min_tokens >= 0 and a block_size of 1, 16, 32 or 64.
+void check_selection(const char* op, double p, int64_t min_tokens, int64_t block_size);
+
+/// min_tokens in members, rounded up.
+int64_t min_members(int64_t min_tokens, int64_t block_size);
+
 /// Index keys before those of k_index, as quantize_index makes them; both or neither.
 struct Quantised {
   const std::optional<at::Tensor>& codes;

@@ -1,0 +1,101 @@
+#pragma once
+// Which members a warp owns, and where it keeps their scores.
+
+#include "csrc/cuda/select/team.cuh"
+
+namespace rtpurbo::cuda {
+
+/// log2 of the members of a group of 64 keys.
+__host__ __device__ __forceinline__ int group_shift(int64_t block_size) {
+  return block_size == 1 ? 6 : block_size == 16 ? 2 : block_size == 32 ? 1 : 0;
+}
+
+/// log2 of the keys of a member.
+__host__ __device__ __forceinline__ int member_shift(int64_t block_size) {
+  return 6 - group_shift(block_size);
+}
+
+/// Members that a warp of a block has room for.
+__host__ __device__ __forceinline__ int warp_room(int warp_groups, int64_t block_size) {
+  return ((warp_groups << group_shift(block_size)) + 3) / 4 * 4;
+}
+
+/// Groups of 64 keys go to the warps of a team in turn, so that a run of selected keys, which are
+/// often neighbours, is spread over all of them.
+class Members {
+ public:
+  /// `scores` has room for the block, on 16 bytes.
+  __device__ Members(const SelectParams& p, const SelectWorkspace& w, const Team& team,
+                     float* scores)
+      : stride_(team.size * kSelectWarps),
+        shift_(group_shift(p.block_size)),
+        own_(team.rank * kSelectWarps + static_cast<int>(threadIdx.x) / 32),
+        room_(warp_room(w.warp_groups, p.block_size)),
+        scores_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_) {}
+
+  /// Takes the groups that hold the keys [begin, end).
+  __device__ void take(int64_t begin, int64_t end) {
+    first_group_ = static_cast<int>(begin / kGroupKeys);
+    const int groups =
+        end > begin ? static_cast<int>((end + kGroupKeys - 1) / kGroupKeys) - first_group_ : 0;
+    end_group_ = first_group_ + groups;
+    groups_ = groups > own_ ? (groups - own_ + stride_ - 1) / stride_ : 0;
+  }
+
+  /// Groups of this warp, and its members.
+  __device__ int groups() const { return groups_; }
+  __device__ int of_group() const { return 1 << shift_; }
+  __device__ int count() const { return groups_ << shift_; }
+  __device__ int room() const { return room_; }
+
+  /// Number in the row of this warp's group `i`.
+  __device__ int group(int i) const { return first_group_ + own_ + i * stride_; }
+
+  /// Position in the row of this warp's member `i`.
+  __device__ int32_t position(int i) const {
+    return (group(i >> shift_) << shift_) + (i & (of_group() - 1));
+  }
+
+  __device__ float& score(int i) const { return scores_[i]; }
+
+  /// The scores of this warp's members `i` to `i + 3`, -inf beyond the last; `i` a multiple of 4.
+  __device__ float4 four(int i) const {
+    constexpr float kNone = -INFINITY;
+    if (i >= count()) return make_float4(kNone, kNone, kNone, kNone);
+    float4 scores = *reinterpret_cast<const float4*>(scores_ + i);
+    if (i + 4 > count()) {
+      scores.w = kNone;
+      if (i + 3 > count()) scores.z = kNone;
+      if (i + 2 > count()) scores.y = kNone;
+    }
+    return scores;
+  }
+
+  /// Groups of the whole team.
+  __device__ int first_group() const { return first_group_; }
+  __device__ int end_group() const { return end_group_; }
+
+ private:
+  const int stride_, shift_, own_, room_;
+  float* const scores_;
+  int first_group_ = 0, end_group_ = 0;  // of the team
+  int groups_ = 0;
+};
+
+/// Calls fn(i, scores) with scores[e] of member i + e of this warp, by all lanes; those of
+/// [begin, end), both multiples of 128 or the end, and -inf beyond. A step's scores are loaded before
+/// fn may overwrite them.
+template <typename Fn>
+__device__ __forceinline__ void for_each_four(const Members& members, int begin, int end,
+                                              const Fn& fn) {
+#pragma unroll 1
+  for (int base = begin; base < end; base += 128) {
+    const int first = base + static_cast<int>(threadIdx.x) % 32 * 4;
+    const float4 loaded = members.four(first);
+    __syncwarp();
+    const float scores[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+    fn(first, scores);
+  }
+}
+
+}  // namespace rtpurbo::cuda

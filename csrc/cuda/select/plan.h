@@ -1,0 +1,67 @@
+#pragma once
+// How many blocks work on a problem, and where their scores are.
+
+#include <algorithm>
+
+#include "csrc/cuda/alignment.h"
+#include "csrc/cuda/integers.h"
+#include "csrc/cuda/select/members.cuh"
+
+namespace rtpurbo::cuda {
+
+/// Whether keys may be loaded whole.
+inline bool keys_are_wide(const SelectParams& p) {
+  return p.dim == 16 && rows_are_aligned(p.k_index, p.k_type == ElementType::kFloat32 ? 4 : 2);
+}
+
+constexpr int64_t kMembersAtOnce = 1 << 25;
+
+/// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores.
+inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_bytes) {
+  const int64_t problems = p.batch * p.heads * p.rows;
+  const int64_t of_group = kGroupKeys / p.block_size;
+  const int64_t groups = divide_up(p.keys, kGroupKeys) + 1;  // rows may begin within one
+  const int64_t fitting = std::max<int64_t>(1, kMembersAtOnce / (groups * of_group));
+  SelectPlan plan{};
+  plan.teams = static_cast<int>(std::min({problems, fitting, static_cast<int64_t>(blocks)}));
+  const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
+  plan.team_size = static_cast<int>(std::min<int64_t>(blocks / std::max(plan.teams, 1), most));
+  plan.blocks = blocks;
+  plan.warp_groups = static_cast<int>(divide_up(groups, plan.team_size * kSelectWarps));
+  const size_t bytes =
+      static_cast<size_t>(warp_room(plan.warp_groups, p.block_size)) * kSelectWarps * sizeof(float);
+  plan.scores_in_shared = bytes <= score_bytes;
+  plan.shared_bytes = plan.scores_in_shared ? bytes : 0;
+  return plan;
+}
+
+/// Takes the workspace apart, or with a null base only measures it. `masks`: problems whose mask
+/// of selected keys is kept there.
+inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t masks, char* base,
+                      SelectWorkspace& w) {
+  const int64_t blocks = static_cast<int64_t>(plan.teams) * plan.team_size;
+  w.block_members = warp_room(plan.warp_groups, p.block_size) * kSelectWarps;
+  const int64_t members = blocks * w.block_members;
+  w.teams = plan.teams;
+  w.team_size = plan.team_size;
+  w.warp_groups = plan.warp_groups;
+  w.groups = divide_up(p.keys, kGroupKeys);
+  w.chunks = divide_up(w.groups, kGroupKeys);
+  size_t offset = 0;
+  const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
+    pointer = elements ? reinterpret_cast<T*>(base + offset) : nullptr;
+    offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
+  };
+  take(w.arrivals, plan.teams);
+  take(w.stats, blocks);
+  take(w.bin_mass, plan.teams * kBins);
+  take(w.bin_count, plan.teams * kBins);
+  take(w.cut_members, members);
+  take(w.cut_counts, blocks);
+  take(w.scores, plan.scores_in_shared ? 0 : members);
+  take(w.selected, masks * w.groups);
+  take(w.chunk_counts, masks * w.chunks);
+  return offset;
+}
+
+}  // namespace rtpurbo::cuda

@@ -1,0 +1,63 @@
+#pragma once
+// Stage 2: masses and counts of the team's members by bin of their log-weight. Masses are integers,
+// so that their sums do not depend on the order.
+
+#include "csrc/cuda/select/members.cuh"
+
+namespace rtpurbo::cuda {
+
+/// Masses in a bin are relative to the bin's upper edge, in units of 2^-17: 32 bits hold those of
+/// kMostAtOnce members.
+constexpr int kBinFraction = 17;
+constexpr int kMostAtOnce = 32764;
+
+class Weigh {
+  static constexpr int kCopies = 2;  // of the histogram: lanes of one bin collide less often
+
+ public:
+  struct Shared {
+    uint32_t mass[kCopies][kBins], count[kCopies][kBins];
+  };
+
+  /// Adds this block's members to the team's histogram.
+  static __device__ void run(const Members& members, float top, int warp_capacity, Shared& shared,
+                             unsigned long long* bin_mass, uint32_t* bin_count) {
+    constexpr int kStep = kMostAtOnce / kSelectWarps / 256 * 256;  // members of a warp
+    uint32_t* mass = shared.mass[threadIdx.x % kCopies];
+    uint32_t* count = shared.count[threadIdx.x % kCopies];
+#pragma unroll 1
+    for (int begin = 0; begin < warp_capacity; begin += kStep) {
+      for (int i = threadIdx.x; i < kCopies * kBins; i += kSelectThreads) {
+        shared.mass[0][i] = shared.count[0][i] = 0;
+      }
+      __syncthreads();
+      const int end = min(members.count(), begin + kStep);
+      for_each_four(members, begin, end, [&](int, const float (&scores)[4]) {
+#pragma unroll
+        for (const float score : scores) {
+          if (score == -INFINITY) continue;
+          const float below = bins_below(top, score);
+          const int bin = bin_of(below);
+          const float weight = weight_in_bin(below, bin) * (1 << kBinFraction);
+          atomicAdd(&mass[bin], __float2uint_rn(weight));
+          atomicAdd(&count[bin], 1u);
+        }
+      });
+      __syncthreads();
+      for (int bin = threadIdx.x; bin < kBins; bin += kSelectThreads) {
+        uint32_t bin_members = 0, units = 0;
+#pragma unroll
+        for (int copy = 0; copy < kCopies; ++copy) {
+          bin_members += shared.count[copy][bin];
+          units += shared.mass[copy][bin];
+        }
+        if (bin_members == 0) continue;
+        atomicAdd(&bin_mass[bin], static_cast<unsigned long long>(units));
+        atomicAdd(&bin_count[bin], bin_members);
+      }
+      __syncthreads();
+    }
+  }
+};
+
+}  // namespace rtpurbo::cuda

@@ -1,0 +1,297 @@
+#include "csrc/cuda/sparse_decode.h"
+
+#include <cooperative_groups.h>
+
+#include "csrc/cuda/alignment.h"
+#include "csrc/cuda/decode/merge.cuh"
+#include "csrc/cuda/decode/split_mma.cuh"
+#include "csrc/cuda/residency.h"
+#include "csrc/cuda/select/plan.h"
+#include "csrc/cuda/sparse_decode/listed.cuh"
+
+namespace rtpurbo::cuda {
+namespace {
+
+static_assert(kMergeThreads == kSelectThreads);
+
+/// A team's and the grid's results in the workspace.
+struct Workspace {
+  SelectWorkspace select;
+  Partials near;    // of splits and slots
+  Partials listed;  // [B, R, team_size]
+  uint32_t* done;   // blocks whose parts are written
+};
+
+/// Sets by what is done with them.
+struct Sets {
+  int near_count = 0;
+  int16_t near[DecodeParams::kMaxSets];
+  int16_t listed[DecodeParams::kMaxHeads];        // set of each list
+  int16_t list_of_head[DecodeParams::kMaxHeads];  // -1: none
+};
+
+template <typename T, int kDim>
+struct Shape {
+  using Key = __half;
+  using Stages = Selector<Key, WideScorer<Key>>;
+  using Listed = ListedAttention<T, kDim>;
+  static constexpr int kBlocksOfSm = kDim <= 128 ? 2 : 1;
+  static constexpr int kStages = kDim <= 64 ? 2 : 1;
+  static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
+  struct ListedShared {
+    BlockList::Shared list;
+    typename Listed::Shared attention;
+  };
+  union Shared {
+    typename Stages::Shared select;
+    ListedShared listed;
+    MergeShared merge;
+  };
+};
+
+/// A head's slot of near keys; retrieval heads have one of listed keys before it.
+__device__ __forceinline__ int near_slot(const DecodeParams& p, int head) {
+  return p.head_slots[head][p.head_slots[head][1] >= 0 ? 1 : 0];
+}
+
+/// The near keys' log-sum-exp of a retrieval head, for a whole warp.
+__device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t batch, int slot) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  const PartRun run = run_of_slot(p, near, batch, slot);
+  SoftmaxSum sum;
+#pragma unroll 2
+  for (int i = threadIdx.x % 32; i < run.count; i += 32) {
+    const float2 part = __ldcg(run.stats + i * run.stride);
+    sum.merge({part.x, part.y}, 1.0f);
+  }
+#pragma unroll 1
+  for (int step = 16; step > 0; step /= 2) {
+    sum.merge({__shfl_xor_sync(0xffffffffu, sum.maximum, step),
+               __shfl_xor_sync(0xffffffffu, sum.sum, step)},
+              1.0f);
+  }
+  return (sum.maximum + log2f(sum.sum)) * kLn2;
+}
+
+template <typename T, int kDim>
+__global__ __launch_bounds__(kSelectThreads, (Shape<T, kDim>::kBlocksOfSm)) void
+sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Sets sets,
+                     const __grid_constant__ Workspace w) {
+  using S = Shape<T, kDim>;
+  extern __shared__ __align__(128) char dynamic[];
+  __shared__ typename S::Shared shared;
+  const DecodeParams& d = p.decode;
+  const auto grid = cooperative_groups::this_grid();
+  const int64_t problems = p.select.batch * p.select.heads;
+  Team team(w.select);
+  team.reset();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *w.done = 0;
+
+  const bool overlaps = p.scores_offset > 0;  // scores beside the keys that are on their way
+  float* scores = w.select.scores
+                      ? w.select.scores + static_cast<int64_t>(blockIdx.x) * w.select.block_members
+                      : reinterpret_cast<float*>(dynamic + p.scores_offset);
+  Members members(p.select, w.select, team, scores);
+  const auto scan = [&](int64_t problem) {
+    S::Stages::scan(p.select, w.select, team, row_of(p.select, problem), members, shared.select);
+  };
+
+  // The block's near keys; and the scan of its first problem, with the first of them or after all.
+  const int64_t near_items = d.batch * sets.near_count * d.splits;
+#pragma unroll 1
+  for (int64_t item = blockIdx.x;; item += gridDim.x) {
+    const bool attends = item < near_items;
+    const bool scans = overlaps ? item == blockIdx.x : !attends;
+    if (!attends && !scans) break;
+    const int64_t pair = attends ? item / d.splits : 0;
+    attend_split<T, kDim, kSelectWarps, S::kStages, false>(
+        d, d.sets[sets.near[pair % sets.near_count]], pair / sets.near_count,
+        attends ? static_cast<int>(item % d.splits) : -1, w.near, dynamic, [&] {
+          if (scans && team.works) scan(team.number);
+        });
+    __syncthreads();
+    if (!attends) break;
+  }
+  grid.sync();
+
+  if (team.works) {
+    for (int64_t problem = team.number; problem < problems; problem += w.select.teams) {
+      if (problem != team.number) {
+        team.sync();  // others may still read what is cleared now
+        scan(problem);
+        team.sync();
+      }
+      const Row row = row_of(p.select, problem);
+      const DecodeSet& set = d.sets[sets.listed[row.head]];
+      const int head = d.slot_heads[set.first_slot];
+      const auto near_log_mass = [&] {
+        const float near = near_lse(d, w.near, row.batch, near_slot(d, head));
+        return p.select.offset_ptr ? near - p.select.offset_ptr[row.head] : near;
+      };
+      const Selection selection = S::Stages::choose(p.select, w.select, team, members,
+                                                    shared.select, near_log_mass);
+      const int own = team.rank * kSelectThreads + static_cast<int>(threadIdx.x);
+      if (own == 0) {
+        p.select.counts_ptr[problem] = static_cast<int32_t>(selection.cut.count);
+        p.select.mass_ptr[problem] = selection.mass();
+      }
+      uint64_t* selected = p.selected_ptr + problem * p.words;
+      for (int64_t i = own; i < p.words; i += team.size * kSelectThreads) {
+        if (i < members.first_group() || i >= members.end_group()) selected[i] = 0;
+      }
+      __syncthreads();
+      typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale);
+      const int block_size = static_cast<int>(p.select.block_size);
+      BlockList list(members, block_size, shared.listed.list);
+      list.fill(selection, selected);
+      const T* k = head_rows<const T>(d.k, row.batch, set.kv_head);
+      const T* v = head_rows<const T>(d.v, row.batch, set.kv_head);
+      const int shift = member_shift(block_size);
+      for (int begin = 0; begin < list.total(); begin += BlockList::kAtOnce) {
+        const int count = list.gather(begin);
+        attention.add(k, d.k.row_stride, v, d.v.row_stride, count << shift, [&](int j) {
+          const int64_t member = shared.listed.list.members[j >> shift];
+          const int64_t n = (member << shift) + (j & (block_size - 1));
+          return n >= row.far_begin && n < row.far_end ? n : -1;
+        });
+      }
+      const int64_t place = problem * team.size + team.rank;
+      attention.finish(w.listed.sums + place * kDim, w.listed.stats + place,
+                       shared.listed.attention);
+    }
+  }
+
+  constexpr int kColumnRuns = kDim / kMergeColumns;
+  const int64_t merge_items = d.batch * d.heads * kColumnRuns;
+  const ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device> done(*w.done);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    done.fetch_add(1, ::cuda::memory_order_acq_rel);
+    while (blockIdx.x < merge_items && done.load(::cuda::memory_order_acquire) < gridDim.x) {
+    }
+  }
+  __syncthreads();
+  for (int64_t item = blockIdx.x; item < merge_items; item += gridDim.x) {
+    const int64_t batch = item / kColumnRuns / d.heads;
+    const int head = static_cast<int>(item / kColumnRuns % d.heads);
+    const int list = sets.list_of_head[head];
+    Parts parts{.dim = kDim};
+    parts.first = run_of_slot(d, w.near, batch, near_slot(d, head));
+    if (list >= 0) {
+      const int64_t place = (batch * p.select.heads + list) * team.size;
+      parts.second = {w.listed.sums + place * kDim, w.listed.stats + place, 1, team.size};
+    }
+    merge_columns(parts, item % kColumnRuns * kMergeColumns, head_rows<T>(d.out, batch, head),
+                  d.lse_ptr + batch * d.heads + head, shared.merge);
+  }
+}
+
+/// Calls fn(shape) for the element type and head dim, cudaErrorInvalidValue for others.
+template <typename Fn>
+cudaError_t dispatch_shape(const DecodeParams& p, const Fn& fn) {
+  return dispatch_element(p.type, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      if (p.dim == 64) return fn(Shape<T, 64>());
+      if (p.dim == 128) return fn(Shape<T, 128>());
+      if (p.dim == 256) return fn(Shape<T, 256>());
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+Sets sort_sets(const DecodeParams& p) {
+  Sets sets;
+  std::fill(std::begin(sets.list_of_head), std::end(sets.list_of_head), int16_t{-1});
+  for (int i = 0; i < p.sets_count; ++i) {
+    const DecodeSet& set = p.sets[i];
+    if (set.keys == DecodeKeys::kListed) {
+      sets.listed[set.list] = static_cast<int16_t>(i);
+      sets.list_of_head[p.slot_heads[set.first_slot]] = set.list;
+    } else {
+      sets.near[sets.near_count++] = static_cast<int16_t>(i);
+    }
+  }
+  return sets;
+}
+
+int near_splits(const DecodeParams& p, int near_sets, int blocks) {
+  constexpr int64_t kTile = kTileKeys * kSelectWarps;
+  const int64_t window = std::max(p.window, p.near_window) + p.sinks;
+  const int64_t most = std::min(std::max(window, p.slots), p.length);
+  const int64_t wanted = blocks / std::max<int64_t>(1, p.batch * near_sets);
+  return static_cast<int>(std::max<int64_t>(1, std::min(wanted, divide_up(most, kTile))));
+}
+
+/// Takes the workspace apart, or with a null base only measures it.
+size_t lay_out(const SparseDecodeParams& p, const SparseDecodePlan& plan, char* base,
+               Workspace& w) {
+  size_t offset = static_cast<size_t>(
+      round_up(static_cast<int64_t>(lay_out(p.select, plan.select, 0, base, w.select)), 256));
+  const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
+    pointer = reinterpret_cast<T*>(base + offset);
+    offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
+  };
+  const int64_t near = p.decode.batch * plan.near_splits * p.decode.slots_count;
+  const int64_t listed = p.select.batch * p.select.heads * plan.select.team_size;
+  take(w.near.sums, near * p.decode.dim);
+  take(w.near.stats, near);
+  take(w.listed.sums, listed * p.decode.dim);
+  take(w.listed.stats, listed);
+  take(w.done, 1);
+  return offset;
+}
+
+}  // namespace
+
+bool sparse_decode_fits(const SparseDecodeParams& params) {
+  const DecodeParams& d = params.decode;
+  constexpr int64_t kSize = 2;
+  const bool aligned = rows_are_aligned(d.q, kSize) && rows_are_aligned(d.k, kSize) &&
+                       rows_are_aligned(d.v, kSize) && rows_are_aligned(d.k_local, kSize) &&
+                       rows_are_aligned(d.v_local, kSize);
+  SparseDecodePlan plan;
+  return d.type != ElementType::kFloat32 && params.select.k_type == ElementType::kFloat16 &&
+         keys_are_wide(params.select) && aligned &&
+         plan_sparse_decode(params, plan) == cudaSuccess;
+}
+
+cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan) {
+  return dispatch_shape(params.decode, [&]<typename T, int kDim>(Shape<T, kDim>) {
+    using S = Shape<T, kDim>;
+    Residency residency;
+    if (const cudaError_t error =
+            find_residency(reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim>),
+                           kSelectThreads, S::kBlocksOfSm, S::kNearBytes, residency)) {
+      return error;
+    }
+    plan.select = plan_teams(params.select, residency.blocks, residency.shared_bytes);
+    const size_t both = S::kNearBytes + plan.select.shared_bytes;
+    plan.overlaps = both <= static_cast<size_t>(residency.shared_bytes);
+    plan.select.shared_bytes =
+        plan.overlaps ? both : std::max<size_t>(plan.select.shared_bytes, S::kNearBytes);
+    plan.near_splits =
+        near_splits(params.decode, sort_sets(params.decode).near_count, residency.blocks);
+    Workspace w;
+    plan.workspace_bytes = lay_out(params, plan, nullptr, w);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,
+                                 void* workspace, cudaStream_t stream) {
+  SparseDecodeParams p = params;
+  p.decode.splits = plan.near_splits;
+  Workspace w;
+  lay_out(p, plan, static_cast<char*>(workspace), w);
+  Sets sets = sort_sets(p.decode);
+  return dispatch_shape(p.decode, [&]<typename T, int kDim>(Shape<T, kDim>) {
+    p.scores_offset = plan.overlaps ? Shape<T, kDim>::kNearBytes : 0;
+    void* arguments[] = {&p, &sets, &w};
+    return cudaLaunchCooperativeKernel(
+        reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim>), dim3(plan.select.blocks),
+        dim3(kSelectThreads), arguments, plan.select.shared_bytes, stream);
+  });
+}
+
+}  // namespace rtpurbo::cuda

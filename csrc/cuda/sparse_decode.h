@@ -1,0 +1,36 @@
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "csrc/cuda/decode.h"
+#include "csrc/cuda/select.h"
+
+namespace rtpurbo::cuda {
+
+struct SparseDecodeParams {
+  DecodeParams decode;    // list r is chosen by query r of `select`; its lists are not read
+  SelectParams select;    // one row a head; its near_lse and indices are not used
+  uint64_t* selected_ptr;  // [B, R, words]: bit i of word j is key 64 j + i
+  int64_t words;
+  int scores_offset = 0;  // in shared memory, behind the near keys; the launcher sets it
+};
+
+struct SparseDecodePlan {
+  SelectPlan select;
+  int near_splits;
+  bool overlaps;  // the scan runs while near keys are on their way
+  size_t workspace_bytes;
+};
+
+/// Whether the kernel takes these types, dimensions and alignments.
+bool sparse_decode_fits(const SparseDecodeParams& params);
+
+/// One launch: near keys of all heads and the scan of the index keys, selection, attention to the
+/// selected keys, and the merge. Blocks meet at barriers; reruns give the same bits.
+cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan);
+cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,
+                                 void* workspace, cudaStream_t stream);
+
+}  // namespace rtpurbo::cuda

@@ -1,0 +1,44 @@
+#ifdef RTPURBO_WITH_CUDA
+#include "csrc/ops/common/select_cuda.h"
+
+#include "csrc/ops/common/cuda_arguments.h"
+#include "csrc/ops/common/cuda_check.h"
+
+namespace rtpurbo::cuda {
+
+SelectParams select_params(const char* op, const cpu::IndexParams& in) {
+  TORCH_CHECK_NOT_IMPLEMENTED(in.coded == 0, "rtpurbo::", op,
+                              ": 4- and 8-bit index keys have no CUDA kernel yet; use "
+                              "RTPurboConfig(index_bits=16) or run on the CPU (model.to('cpu'))");
+  check_not_double(op, "q_index", in.q_dtype);
+  check_not_double(op, "k_index", in.k_dtype);
+  TORCH_CHECK_VALUE(in.dim <= kMaxIndexDim, "rtpurbo::", op,
+                    ": q_index on CUDA must have an index dim r <= ", kMaxIndexDim, ", got ",
+                    in.dim);
+  return {.q_type = element_type(in.q_dtype),
+          .k_type = element_type(in.k_dtype),
+          .q_index = in.q_index,
+          .k_index = in.k_index,
+          .index_map = head_list(op, "index_map", {in.index_map, static_cast<size_t>(in.heads)}),
+          .near_is_scored = in.near_lse_ptr == nullptr,
+          .near_lse_ptr = static_cast<const float*>(in.near_lse_ptr),
+          .offset_ptr = static_cast<const float*>(in.offset_ptr),
+          .start_ptr = in.start_ptr,
+          .indices_ptr = nullptr,
+          .counts_ptr = nullptr,
+          .mass_ptr = nullptr,
+          .batch = in.batch,
+          .heads = in.heads,
+          .rows = in.rows,
+          .keys = in.keys,
+          .dim = in.dim,
+          .window = in.window,
+          .sinks = in.sinks,
+          .block_size = in.block_size,
+          .capacity = 0,
+          .min_members = 0,
+          .p = 1.0};
+}
+
+}  // namespace rtpurbo::cuda
+#endif
