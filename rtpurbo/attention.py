@@ -3,7 +3,7 @@
 | tokens in the cache | query rows | what runs |
 |---|---|---|
 | none | any | `ops.attention` on the given k and v, then append |
-| some | one | append, then `sparse_decode`: selection and attention to what it selects |
+| some | one | append, then `sparse_decode`, or `decode` while every key is near |
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
@@ -191,7 +191,8 @@ def _decode(
     window = cache.layout.ring_capacity - config.sinks
     local = bool(cache.layout.local_heads)
     k_ring, v_ring = (cache.k_ring, cache.v_ring) if local else (None, None)
-    if q_index is None:
+    has_far_keys = cache.length > config.near_window + config.sinks
+    if q_index is None or not has_far_keys:
         out, last.lse = ops.decode(
             q, k_pages, v_pages, heads, window, config.near_window, config.sinks, scale,
             k_local=k_ring, v_local=v_ring, start=start, length=cache.length,

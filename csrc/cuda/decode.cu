@@ -48,8 +48,8 @@ cudaError_t launch_mma(const DecodeParams& p, const Partials& partials, dim3 gri
                        cudaStream_t stream) {
   constexpr int kBytes = MmaTile<kDim, kWarps, kStages<kDim>>::kSharedBytes;
   const auto kernel = decode_mma_kernel<T, kDim, kWarps, kStages<kDim>>;
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
     return error;
   }
   kernel<<<grid, 32 * kWarps, kBytes, stream>>>(p, partials);

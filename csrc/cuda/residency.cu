@@ -1,17 +1,17 @@
-#include "csrc/cuda/residency.h"
-
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
+
+#include "csrc/cuda/residency.h"
 
 namespace rtpurbo::cuda {
 namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, by the driver, in every block
 
-cudaError_t measure(const void* kernel, int device, int threads, int blocks_of_sm,
-                    int least_shared, Residency& found) {
+cudaError_t measure(const void* kernel, int device, int threads, int blocks_of_sm, int least_shared,
+                    Residency& found) {
   int sms = 0, of_sm = 0, of_block = 0;
   for (const auto& [value, attribute] :
        {std::pair{&sms, cudaDevAttrMultiProcessorCount},
@@ -55,7 +55,8 @@ cudaError_t find_residency(const void* kernel, int threads, int blocks_of_sm, in
     found = at->second;
     return cudaSuccess;
   }
-  if (const cudaError_t error = measure(kernel, device, threads, blocks_of_sm, least_shared, found)) return error;
+  if (const cudaError_t error = measure(kernel, device, threads, blocks_of_sm, least_shared, found))
+    return error;
   known[{device, kernel}] = found;
   return cudaSuccess;
 }

@@ -9,8 +9,9 @@ namespace rtpurbo::cuda {
 namespace {
 
 template <typename TK, typename Scorer>
-__global__ __launch_bounds__(kSelectThreads, 2) void select_kernel(
-    const __grid_constant__ SelectParams p, const __grid_constant__ SelectWorkspace w) {
+__global__ __launch_bounds__(kSelectThreads,
+                             2) void select_kernel(const __grid_constant__ SelectParams p,
+                                                   const __grid_constant__ SelectWorkspace w) {
   using Stages = Selector<TK, Scorer>;
   __shared__ union {
     typename Stages::Shared select;
@@ -18,8 +19,8 @@ __global__ __launch_bounds__(kSelectThreads, 2) void select_kernel(
   } shared;
   extern __shared__ __align__(16) float shared_scores[];
   Team team(w);
-  float* scores = w.scores ? w.scores + static_cast<int64_t>(blockIdx.x) * w.block_members
-                           : shared_scores;
+  float* scores =
+      w.scores ? w.scores + static_cast<int64_t>(blockIdx.x) * w.block_members : shared_scores;
   Members members(p, w, team, scores);
   uint64_t* selected = w.selected + team.number * w.groups;
   uint32_t* chunk_counts = w.chunk_counts + team.number * w.chunks;
@@ -48,8 +49,7 @@ __global__ __launch_bounds__(kSelectThreads, 2) void select_kernel(
       const float near = p.near_lse_ptr[problem];
       return p.offset_ptr ? near - p.offset_ptr[row.head] : near;
     };
-    const Selection selection =
-        Stages::choose(p, w, team, members, shared.select, near_log_mass);
+    const Selection selection = Stages::choose(p, w, team, members, shared.select, near_log_mass);
     int32_t* indices = p.indices_ptr + problem * p.capacity;
     const int64_t count = selection.cut.count;
     const bool fits = count <= p.capacity;
@@ -74,7 +74,8 @@ const void* kernel_of(const SelectParams& p) {
   const bool wide = keys_are_wide(p);
   dispatch_element(p.k_type, [&](auto element) {
     using TK = decltype(element);
-    kernel = wide ? reinterpret_cast<const void*>(select_kernel<TK, WideScorer<TK>>)
+    kernel = wide ? reinterpret_cast<const void*>(
+                        select_kernel<TK, WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>>)
                   : reinterpret_cast<const void*>(select_kernel<TK, AnyScorer<TK>>);
     return cudaSuccess;
   });

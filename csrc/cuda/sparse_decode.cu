@@ -1,5 +1,3 @@
-#include "csrc/cuda/sparse_decode.h"
-
 #include <cooperative_groups.h>
 
 #include "csrc/cuda/alignment.h"
@@ -7,6 +5,7 @@
 #include "csrc/cuda/decode/split_mma.cuh"
 #include "csrc/cuda/residency.h"
 #include "csrc/cuda/select/plan.h"
+#include "csrc/cuda/sparse_decode.h"
 #include "csrc/cuda/sparse_decode/listed.cuh"
 
 namespace rtpurbo::cuda {
@@ -30,13 +29,14 @@ struct Sets {
   int16_t list_of_head[DecodeParams::kMaxHeads];  // -1: none
 };
 
-template <typename T, int kDim>
+/// kBlocks on a multiprocessor: one, whose few warps have many loads on their way each, is quicker
+/// through the stages; two are where there is much to score.
+template <typename T, int kDim, int kBlocks>
 struct Shape {
   using Key = __half;
-  using Stages = Selector<Key, WideScorer<Key>>;
-  using Listed = ListedAttention<T, kDim>;
-  static constexpr int kBlocksOfSm = kDim <= 128 ? 2 : 1;
-  static constexpr int kStages = kDim <= 64 ? 2 : 1;
+  using Stages = Selector<Key, WideScorer<Key, kBlocks == 1 ? 4 : 2>>;
+  using Listed = ListedAttention<T, kDim, kBlocks == 1 ? 8 : 4>;
+  static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
   struct ListedShared {
     BlockList::Shared list;
@@ -73,11 +73,11 @@ __device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t b
   return (sum.maximum + log2f(sum.sum)) * kLn2;
 }
 
-template <typename T, int kDim>
-__global__ __launch_bounds__(kSelectThreads, (Shape<T, kDim>::kBlocksOfSm)) void
-sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Sets sets,
-                     const __grid_constant__ Workspace w) {
-  using S = Shape<T, kDim>;
+template <typename T, int kDim, int kBlocks>
+__global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
+    const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Sets sets,
+    const __grid_constant__ Workspace w) {
+  using S = Shape<T, kDim, kBlocks>;
   extern __shared__ __align__(128) char dynamic[];
   __shared__ typename S::Shared shared;
   const DecodeParams& d = p.decode;
@@ -87,78 +87,67 @@ sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_
   team.reset();
   if (blockIdx.x == 0 && threadIdx.x == 0) *w.done = 0;
 
-  const bool overlaps = p.scores_offset > 0;  // scores beside the keys that are on their way
+  const auto near_items = static_cast<uint32_t>(d.batch) * sets.near_count * d.splits;
+#pragma unroll 1
+  for (uint32_t item = blockIdx.x; item < near_items; item += gridDim.x) {
+    const uint32_t pair = item / d.splits, batch = pair / sets.near_count;
+    attend_split<T, kDim, kSelectWarps, S::kStages, false>(
+        d, d.sets[sets.near[pair - batch * sets.near_count]], batch,
+        static_cast<int>(item - pair * d.splits), w.near, dynamic);
+    __syncthreads();
+  }
   float* scores = w.select.scores
                       ? w.select.scores + static_cast<int64_t>(blockIdx.x) * w.select.block_members
-                      : reinterpret_cast<float*>(dynamic + p.scores_offset);
+                      : reinterpret_cast<float*>(dynamic);
   Members members(p.select, w.select, team, scores);
-  const auto scan = [&](int64_t problem) {
-    S::Stages::scan(p.select, w.select, team, row_of(p.select, problem), members, shared.select);
-  };
-
-  // The block's near keys; and the scan of its first problem, with the first of them or after all.
-  const int64_t near_items = d.batch * sets.near_count * d.splits;
 #pragma unroll 1
-  for (int64_t item = blockIdx.x;; item += gridDim.x) {
-    const bool attends = item < near_items;
-    const bool scans = overlaps ? item == blockIdx.x : !attends;
-    if (!attends && !scans) break;
-    const int64_t pair = attends ? item / d.splits : 0;
-    attend_split<T, kDim, kSelectWarps, S::kStages, false>(
-        d, d.sets[sets.near[pair % sets.near_count]], pair / sets.near_count,
-        attends ? static_cast<int>(item % d.splits) : -1, w.near, dynamic, [&] {
-          if (scans && team.works) scan(team.number);
-        });
-    __syncthreads();
-    if (!attends) break;
-  }
-  grid.sync();
-
-  if (team.works) {
-    for (int64_t problem = team.number; problem < problems; problem += w.select.teams) {
-      if (problem != team.number) {
-        team.sync();  // others may still read what is cleared now
-        scan(problem);
-        team.sync();
-      }
-      const Row row = row_of(p.select, problem);
-      const DecodeSet& set = d.sets[sets.listed[row.head]];
-      const int head = d.slot_heads[set.first_slot];
-      const auto near_log_mass = [&] {
-        const float near = near_lse(d, w.near, row.batch, near_slot(d, head));
-        return p.select.offset_ptr ? near - p.select.offset_ptr[row.head] : near;
-      };
-      const Selection selection = S::Stages::choose(p.select, w.select, team, members,
-                                                    shared.select, near_log_mass);
-      const int own = team.rank * kSelectThreads + static_cast<int>(threadIdx.x);
-      if (own == 0) {
-        p.select.counts_ptr[problem] = static_cast<int32_t>(selection.cut.count);
-        p.select.mass_ptr[problem] = selection.mass();
-      }
-      uint64_t* selected = p.selected_ptr + problem * p.words;
-      for (int64_t i = own; i < p.words; i += team.size * kSelectThreads) {
-        if (i < members.first_group() || i >= members.end_group()) selected[i] = 0;
-      }
-      __syncthreads();
-      typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale);
-      const int block_size = static_cast<int>(p.select.block_size);
-      BlockList list(members, block_size, shared.listed.list);
-      list.fill(selection, selected);
-      const T* k = head_rows<const T>(d.k, row.batch, set.kv_head);
-      const T* v = head_rows<const T>(d.v, row.batch, set.kv_head);
-      const int shift = member_shift(block_size);
-      for (int begin = 0; begin < list.total(); begin += BlockList::kAtOnce) {
-        const int count = list.gather(begin);
-        attention.add(k, d.k.row_stride, v, d.v.row_stride, count << shift, [&](int j) {
-          const int64_t member = shared.listed.list.members[j >> shift];
-          const int64_t n = (member << shift) + (j & (block_size - 1));
-          return n >= row.far_begin && n < row.far_end ? n : -1;
-        });
-      }
-      const int64_t place = problem * team.size + team.rank;
-      attention.finish(w.listed.sums + place * kDim, w.listed.stats + place,
-                       shared.listed.attention);
+  for (int64_t problem = team.number; problem < problems || problem == team.number;
+       problem += w.select.teams) {
+    const bool first = problem == team.number;
+    const Row row = row_of(p.select, team.works ? problem : 0);
+    if (!first) team.sync();  // others may still read what is cleared now
+    if (team.works) S::Stages::scan(p.select, w.select, team, row, members, shared.select);
+    if (first) {
+      grid.sync();
+    } else {
+      team.sync();
     }
+    if (!team.works) break;
+    const DecodeSet& set = d.sets[sets.listed[row.head]];
+    const int head = d.slot_heads[set.first_slot];
+    const auto near_log_mass = [&] {
+      const float near = near_lse(d, w.near, row.batch, near_slot(d, head));
+      return p.select.offset_ptr ? near - p.select.offset_ptr[row.head] : near;
+    };
+    const Selection selection =
+        S::Stages::choose(p.select, w.select, team, members, shared.select, near_log_mass);
+    const int own = team.rank * kSelectThreads + static_cast<int>(threadIdx.x);
+    if (own == 0) {
+      p.select.counts_ptr[problem] = static_cast<int32_t>(selection.cut.count);
+      p.select.mass_ptr[problem] = selection.mass();
+    }
+    uint64_t* selected = p.selected_ptr + problem * p.words;
+    for (int64_t i = own; i < p.words; i += team.size * kSelectThreads) {
+      if (i < members.first_group() || i >= members.end_group()) selected[i] = 0;
+    }
+    __syncthreads();
+    typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale);
+    const int block_size = static_cast<int>(p.select.block_size);
+    BlockList list(members, block_size, shared.listed.list);
+    list.fill(selection, selected);
+    const T* k = head_rows<const T>(d.k, row.batch, set.kv_head);
+    const T* v = head_rows<const T>(d.v, row.batch, set.kv_head);
+    const int shift = member_shift(block_size);
+    for (int begin = 0; begin < list.total(); begin += BlockList::kAtOnce) {
+      const int count = list.gather(begin);
+      attention.add(k, d.k.row_stride, v, d.v.row_stride, count << shift, [&](int j) {
+        const int64_t member = shared.listed.list.members[j >> shift];
+        const int64_t n = (member << shift) + (j & (block_size - 1));
+        return n >= row.far_begin && n < row.far_end ? n : -1;
+      });
+    }
+    const int64_t place = problem * team.size + team.rank;
+    attention.finish(w.listed.sums + place * kDim, w.listed.stats + place, shared.listed.attention);
   }
 
   constexpr int kColumnRuns = kDim / kMergeColumns;
@@ -171,9 +160,10 @@ sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_
     }
   }
   __syncthreads();
-  for (int64_t item = blockIdx.x; item < merge_items; item += gridDim.x) {
-    const int64_t batch = item / kColumnRuns / d.heads;
-    const int head = static_cast<int>(item / kColumnRuns % d.heads);
+  for (uint32_t item = blockIdx.x; item < merge_items; item += gridDim.x) {
+    const uint32_t head_number = item / kColumnRuns, heads = static_cast<uint32_t>(d.heads);
+    const int64_t batch = head_number / heads;
+    const int head = static_cast<int>(head_number - static_cast<uint32_t>(batch) * heads);
     const int list = sets.list_of_head[head];
     Parts parts{.dim = kDim};
     parts.first = run_of_slot(d, w.near, batch, near_slot(d, head));
@@ -186,15 +176,27 @@ sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, const __grid_
   }
 }
 
-/// Calls fn(shape) for the element type and head dim, cudaErrorInvalidValue for others.
+/// Two blocks on a multiprocessor where each of them has this many scores to keep.
+constexpr int64_t kManyScores = 8192;
+
+bool wants_two_blocks(const SparseDecodeParams& p, int sm_count) {
+  const int64_t members = divide_up(p.select.keys, p.select.block_size);
+  return p.decode.dim <= 128 && p.select.batch * p.select.heads * members > kManyScores * sm_count;
+}
+
+/// Calls fn(shape) for the element type, head dim and blocks; cudaErrorInvalidValue for others.
 template <typename Fn>
-cudaError_t dispatch_shape(const DecodeParams& p, const Fn& fn) {
+cudaError_t dispatch_shape(const DecodeParams& p, int blocks_of_sm, const Fn& fn) {
   return dispatch_element(p.type, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      if (p.dim == 64) return fn(Shape<T, 64>());
-      if (p.dim == 128) return fn(Shape<T, 128>());
-      if (p.dim == 256) return fn(Shape<T, 256>());
+      if (p.dim == 64) {
+        return blocks_of_sm == 2 ? fn(Shape<T, 64, 2>()) : fn(Shape<T, 64, 1>());
+      }
+      if (p.dim == 128) {
+        return blocks_of_sm == 2 ? fn(Shape<T, 128, 2>()) : fn(Shape<T, 128, 1>());
+      }
+      if (p.dim == 256) return fn(Shape<T, 256, 1>());
     }
     return cudaErrorInvalidValue;
   });
@@ -252,30 +254,35 @@ bool sparse_decode_fits(const SparseDecodeParams& params) {
                        rows_are_aligned(d.v_local, kSize);
   SparseDecodePlan plan;
   return d.type != ElementType::kFloat32 && params.select.k_type == ElementType::kFloat16 &&
-         keys_are_wide(params.select) && aligned &&
-         plan_sparse_decode(params, plan) == cudaSuccess;
+         keys_are_wide(params.select) && aligned && plan_sparse_decode(params, plan) == cudaSuccess;
 }
 
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan) {
-  return dispatch_shape(params.decode, [&]<typename T, int kDim>(Shape<T, kDim>) {
-    using S = Shape<T, kDim>;
-    Residency residency;
-    if (const cudaError_t error =
-            find_residency(reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim>),
-                           kSelectThreads, S::kBlocksOfSm, S::kNearBytes, residency)) {
-      return error;
-    }
-    plan.select = plan_teams(params.select, residency.blocks, residency.shared_bytes);
-    const size_t both = S::kNearBytes + plan.select.shared_bytes;
-    plan.overlaps = both <= static_cast<size_t>(residency.shared_bytes);
-    plan.select.shared_bytes =
-        plan.overlaps ? both : std::max<size_t>(plan.select.shared_bytes, S::kNearBytes);
-    plan.near_splits =
-        near_splits(params.decode, sort_sets(params.decode).near_count, residency.blocks);
-    Workspace w;
-    plan.workspace_bytes = lay_out(params, plan, nullptr, w);
-    return cudaSuccess;
-  });
+  int device = 0, sm_count = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
+  plan.blocks_of_sm = wants_two_blocks(params, sm_count) ? 2 : 1;
+  return dispatch_shape(
+      params.decode, plan.blocks_of_sm,
+      [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
+        using S = Shape<T, kDim, kBlocks>;
+        Residency residency;
+        if (const cudaError_t error = find_residency(
+                reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks>),
+                kSelectThreads, kBlocks, S::kNearBytes, residency)) {
+          return error;
+        }
+        plan.select = plan_teams(params.select, residency.blocks, residency.shared_bytes);
+        plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, S::kNearBytes);
+        plan.near_splits =
+            near_splits(params.decode, sort_sets(params.decode).near_count, residency.blocks);
+        Workspace w;
+        plan.workspace_bytes = lay_out(params, plan, nullptr, w);
+        return cudaSuccess;
+      });
 }
 
 cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,
@@ -285,13 +292,14 @@ cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseD
   Workspace w;
   lay_out(p, plan, static_cast<char*>(workspace), w);
   Sets sets = sort_sets(p.decode);
-  return dispatch_shape(p.decode, [&]<typename T, int kDim>(Shape<T, kDim>) {
-    p.scores_offset = plan.overlaps ? Shape<T, kDim>::kNearBytes : 0;
-    void* arguments[] = {&p, &sets, &w};
-    return cudaLaunchCooperativeKernel(
-        reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim>), dim3(plan.select.blocks),
-        dim3(kSelectThreads), arguments, plan.select.shared_bytes, stream);
-  });
+  return dispatch_shape(p.decode, plan.blocks_of_sm,
+                        [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
+                          void* arguments[] = {&p, &sets, &w};
+                          return cudaLaunchCooperativeKernel(
+                              reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks>),
+                              dim3(plan.select.blocks), dim3(kSelectThreads), arguments,
+                              plan.select.shared_bytes, stream);
+                        });
 }
 
 }  // namespace rtpurbo::cuda

@@ -10,17 +10,16 @@
 namespace rtpurbo::cuda {
 
 struct SparseDecodeParams {
-  DecodeParams decode;    // list r is chosen by query r of `select`; its lists are not read
-  SelectParams select;    // one row a head; its near_lse and indices are not used
+  DecodeParams decode;     // list r is chosen by query r of `select`; its lists are not read
+  SelectParams select;     // one row a head; its near_lse and indices are not used
   uint64_t* selected_ptr;  // [B, R, words]: bit i of word j is key 64 j + i
   int64_t words;
-  int scores_offset = 0;  // in shared memory, behind the near keys; the launcher sets it
 };
 
 struct SparseDecodePlan {
   SelectPlan select;
+  int blocks_of_sm;
   int near_splits;
-  bool overlaps;  // the scan runs while near keys are on their way
   size_t workspace_bytes;
 };
 

@@ -77,8 +77,8 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
   params.p = p;
   cuda::SelectPlan plan;
   RTPURBO_CUDA_CHECK(kOp, cuda::plan_select(params, plan));
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)},
-                                         q_index.options().dtype(at::kByte));
+  const at::Tensor workspace =
+      at::empty({static_cast<int64_t>(plan.workspace_bytes)}, q_index.options().dtype(at::kByte));
   RTPURBO_CUDA_CHECK(kOp, cuda::launch_select(params, plan, workspace.mutable_data_ptr(),
                                               c10::cuda::getCurrentCUDAStream()));
   return result;

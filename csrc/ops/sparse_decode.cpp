@@ -85,8 +85,8 @@ at::Tensor key_mask(const at::Tensor& indices, int64_t keys, int64_t block_size)
   const at::Tensor word = at::where(at::lt(place, 0), words, at::floor_divide(place, of_word));
   const at::Tensor bits = at::bitwise_left_shift(
       at::full_like(place, member), at::mul(at::remainder(place, of_word), block_size));
-  const at::Tensor mask = at::zeros(
-      {indices.size(0), indices.size(1), 1, words + 1}, indices.options().dtype(at::kLong));
+  const at::Tensor mask = at::zeros({indices.size(0), indices.size(1), 1, words + 1},
+                                    indices.options().dtype(at::kLong));
   return mask.scatter_add_(-1, word, bits).narrow(-1, 0, words).contiguous();
 }
 
@@ -127,8 +127,8 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   const int64_t keys = checked.keys();
   const auto [out, lse] = checked.attended.result();
   const int64_t words = (keys + kWordKeys - 1) / kWordKeys;
-  const at::Tensor selected = at::empty({q_index.size(0), q_index.size(1), 1, words},
-                                        q_index.options().dtype(at::kLong));
+  const at::Tensor selected =
+      at::empty({q_index.size(0), q_index.size(1), 1, words}, q_index.options().dtype(at::kLong));
   const at::Tensor counts =
       at::empty({q_index.size(0), q_index.size(1), 1}, q_index.options().dtype(at::kInt));
   const at::Tensor mass = at::empty(counts.sizes(), q_index.options().dtype(at::kFloat));
@@ -153,8 +153,8 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   }
   cuda::SparseDecodePlan plan;
   RTPURBO_CUDA_CHECK(kOp, cuda::plan_sparse_decode(params, plan));
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)},
-                                         q.options().dtype(at::kByte));
+  const at::Tensor workspace =
+      at::empty({static_cast<int64_t>(plan.workspace_bytes)}, q.options().dtype(at::kByte));
   RTPURBO_CUDA_CHECK(kOp, cuda::launch_sparse_decode(params, plan, workspace.mutable_data_ptr(),
                                                      c10::cuda::getCurrentCUDAStream()));
   return result;

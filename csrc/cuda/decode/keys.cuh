@@ -83,11 +83,14 @@ struct Range {
 };
 
 __device__ __forceinline__ Range split_range(int64_t total, int split, int splits, int tile) {
-  const int64_t tiles = (total + tile - 1) / tile;
-  const int64_t per_split = tiles / splits, rest = tiles % splits;
-  const int64_t first = split * per_split + min(static_cast<int64_t>(split), rest);
-  const int64_t count = per_split + (split < rest);
-  return {min(first * tile, total), min((first + count) * tile, total)};
+  const auto tiles = static_cast<uint32_t>((total + tile - 1) / tile);
+  const uint32_t per_split = tiles / static_cast<uint32_t>(splits);
+  const uint32_t rest = tiles - per_split * static_cast<uint32_t>(splits);
+  const uint32_t own = static_cast<uint32_t>(split);
+  const uint32_t first = own * per_split + min(own, rest);
+  const uint32_t count = per_split + (own < rest);
+  return {min(static_cast<int64_t>(first) * tile, total),
+          min(static_cast<int64_t>(first + count) * tile, total)};
 }
 
 }  // namespace rtpurbo::cuda

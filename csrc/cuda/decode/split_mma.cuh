@@ -34,25 +34,22 @@ struct MmaTile {
   }
 };
 
-/// By all 32 kWarps threads of a block, with kSharedBytes of shared memory. `meanwhile()` is called
-/// when the first keys are on their way. A negative split is empty and leaves no result.
-template <typename T, int kDim, int kWarps, int kStages, bool kLists, typename Meanwhile>
+/// By all threads of a block, of which kWarps warps attend, with kSharedBytes of shared memory.
+template <typename T, int kDim, int kWarps, int kStages, bool kLists>
 __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
-                             const Partials& partials, char* shared, const Meanwhile& meanwhile) {
+                             const Partials& partials, char* shared) {
   using Tile = MmaTile<kDim, kWarps, kStages>;
   constexpr int kSteps = kDim / 16;  // of the mma's depth, or of pairs of its columns
-  constexpr int kLoads = kTileKeys * Tile::kRowChunks / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SetKeys<kLists> keys(p, set, batch);
-  const Range range =
-      split < 0 ? Range{0, 0} : split_range(keys.total(), split, p.splits, kTileKeys * kWarps);
+  const Range range = split_range(keys.total(), split, p.splits, kTileKeys * kWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
   const T* k = head_rows<const T>(k_view, batch, set.kv_head);
   const T* v = head_rows<const T>(v_view, batch, set.kv_head);
 
   char* queries = shared;
-  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kWarps) {
+  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += blockDim.x) {
     const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
     const bool used = row < set.heads_count;
     const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
@@ -60,10 +57,14 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     ptx::cp_async_16(Tile::chunk(queries, row, c), q, used);
   }
 
+  const bool works = warp < kWarps;  // a block may have more warps than there is room for
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
-  const int64_t first = range.begin + warp * kTileKeys;
+  const int64_t first = works ? range.begin + warp * kTileKeys : range.end;
   constexpr int64_t kStride = kWarps * kTileKeys;
   const int64_t tiles = first < range.end ? (range.end - first + kStride - 1) / kStride : 0;
+  // Eight lanes share 128 bytes of a row, so that an instruction fetches four rows.
+  constexpr int kLanesOfRow = 8;
+  constexpr int kRowsAtOnce = 32 / kLanesOfRow;
   // Row of this lane's key of a tile (lanes 16 and up repeat), -1 for none.
   const auto key_row = [&](int64_t tile) {
     const int64_t j = first + tile * kStride + lane % kTileKeys;
@@ -73,14 +74,18 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     if (tile < tiles) {
       char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int id = i * 32 + lane;
-        const int row = id / Tile::kRowChunks, c = id % Tile::kRowChunks;
+      for (int first_row = 0; first_row < kTileKeys; first_row += kRowsAtOnce) {
+        const int row = first_row + lane / kLanesOfRow;
         const int64_t n = __shfl_sync(0xffffffffu, own_row, row);
         const int64_t safe = n < 0 ? 0 : n;
-        ptx::cp_async_16(Tile::chunk(stage, row, c), k + safe * k_view.row_stride + c * 8, n >= 0);
-        ptx::cp_async_16(Tile::chunk(stage + Tile::kTileBytes, row, c),
-                         v + safe * v_view.row_stride + c * 8, n >= 0);
+        const T* k_row = k + safe * k_view.row_stride + lane % kLanesOfRow * 8;
+        const T* v_row = v + safe * v_view.row_stride + lane % kLanesOfRow * 8;
+#pragma unroll
+        for (int c = 0; c < Tile::kRowChunks; c += kLanesOfRow) {
+          char* to = Tile::chunk(stage, row, c + lane % kLanesOfRow);
+          ptx::cp_async_16(to, k_row + c * 8, n >= 0);
+          ptx::cp_async_16(to + Tile::kTileBytes, v_row + c * 8, n >= 0);
+        }
       }
     }
     ptx::cp_async_commit();
@@ -89,9 +94,8 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   constexpr int kAhead = kStages > 1 ? kStages - 1 : 1;  // tiles on their way
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) load(s, key_row(s));
-  meanwhile();
   ptx::cp_async_wait<kAhead - 1>();
-  __syncthreads();  // the queries, which came with the first tile
+  __syncthreads();       // the queries, which came with the first tile
   float out[kSteps][4];  // rows: 16 dimensions each, columns: heads
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
@@ -169,7 +173,6 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     if constexpr (kStages == 1) load(tile + kAhead, coming);
   }
   ptx::cp_async_wait<0>();
-  if (split < 0) return;
   __syncthreads();
 
   // Merge the warps: sums over the lanes of a head first, then over warps through shared memory.
@@ -182,17 +185,19 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
     }
     const int place = warp * DecodeSet::kMaxHeads + 2 * (lane % 4) + h;
-    if (lane < 4) warp_stats[place] = make_float2(top[h], total[h]);
+    if (works && lane < 4) warp_stats[place] = make_float2(top[h], total[h]);
     float* to = warp_out + place * Tile::kSumStride + lane / 4;
+    if (works) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      to[16 * i] = out[i][h];
-      to[16 * i + 8] = out[i][2 + h];
+      for (int i = 0; i < kSteps; ++i) {
+        to[16 * i] = out[i][h];
+        to[16 * i + 8] = out[i][2 + h];
+      }
     }
   }
   __syncthreads();
   const int64_t place = (batch * p.splits + split) * p.slots_count + set.first_slot;
-  for (int i = threadIdx.x; i < set.heads_count * kDim; i += 32 * kWarps) {
+  for (int i = threadIdx.x; i < set.heads_count * kDim; i += blockDim.x) {
     const int head = i / kDim, d = i % kDim;
     float largest = -INFINITY;
 #pragma unroll
@@ -215,11 +220,12 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
 }
 
 template <typename T, int kDim, int kWarps, int kStages>
-__global__ __launch_bounds__(32 * kWarps) void decode_mma_kernel(
-    const __grid_constant__ DecodeParams p, Partials partials) {
+__global__ __launch_bounds__(32 *
+                             kWarps) void decode_mma_kernel(const __grid_constant__ DecodeParams p,
+                                                            Partials partials) {
   extern __shared__ __align__(128) char shared[];
   attend_split<T, kDim, kWarps, kStages, true>(p, p.sets[blockIdx.y], blockIdx.z,
-                                         static_cast<int>(blockIdx.x), partials, shared, [] {});
+                                               static_cast<int>(blockIdx.x), partials, shared);
 }
 
 }  // namespace rtpurbo::cuda

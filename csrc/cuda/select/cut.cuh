@@ -47,7 +47,6 @@ class FindBin {
   static __device__ Cut run(const SelectParams& p, double near, const unsigned long long* bin_mass,
                             const uint32_t* bin_count, Shared& shared) {
     constexpr int kOwn = kBins / kSelectThreads;
-    static_assert(kOwn <= static_cast<int>(kBinsPerOctave));
     const int first = threadIdx.x * kOwn;
     MassCount own[kOwn];
     MassCount sum{0.0, 0};

@@ -19,7 +19,7 @@ class Publish {
     __syncthreads();
     const float least = static_cast<float>(bin);
     const float most = bin == kBins - 1 ? INFINITY : static_cast<float>(bin + 1);
-    for_each_four(members, 0, members.count(), [&](int i, const float (&scores)[4]) {
+    for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float below = bins_below(top, scores[e]);
@@ -197,9 +197,9 @@ class Digits {
     };
     const auto units_at = [&](int j) {
       const int digit = digit_at(j);
-      return Units{static_cast<unsigned long long>(shared_.mass_high[digit]) << 32 |
-                       shared_.mass_low[digit],
-                   shared_.count[digit]};
+      return Units{
+          static_cast<unsigned long long>(shared_.mass_high[digit]) << 32 | shared_.mass_low[digit],
+          shared_.count[digit]};
     };
     __syncthreads();
     Units sum{0, 0};
@@ -349,8 +349,7 @@ class AnyCut {
                               : static_cast<long long>(left));
     }
     taken = min(taken, static_cast<long long>(left));
-    const int32_t last =
-        taken < left ? find_position(published, key, taken, digits) : INT32_MAX;
+    const int32_t last = taken < left ? find_position(published, key, taken, digits) : INT32_MAX;
     bin.put(cut, {key, last}, reached + Units{taken * each, taken});
     return cut;
   }
@@ -369,8 +368,7 @@ class AnyCut {
     __syncthreads();
   }
 
-  static __device__ void sum_masses(const Published& published, const CutBin& bin,
-                                    Shared& shared) {
+  static __device__ void sum_masses(const Published& published, const CutBin& bin, Shared& shared) {
     if (threadIdx.x == 0) shared.mass = 0;
     __syncthreads();
     published.for_each([&](const Member& m) {

@@ -83,8 +83,8 @@ class Members {
 };
 
 /// Calls fn(i, scores) with scores[e] of member i + e of this warp, by all lanes; those of
-/// [begin, end), both multiples of 128 or the end, and -inf beyond. A step's scores are loaded before
-/// fn may overwrite them.
+/// [begin, end), both multiples of 128 or the end, and -inf beyond. A step's scores are loaded
+/// before fn may overwrite them.
 template <typename Fn>
 __device__ __forceinline__ void for_each_four(const Members& members, int begin, int end,
                                               const Fn& fn) {

@@ -1,8 +1,8 @@
 #pragma once
 // One selection problem is one query row: its members are keys, or blocks of keys, with a score
 // each. A team of blocks works on it; every block keeps the scores of its own members from the
-// first stage to the last. A stage runs once or a few times: its code is kept small, because to fetch
-// it costs more than to run it.
+// first stage to the last. A stage runs once or a few times: its code is kept small, because to
+// fetch it costs more than to run it.
 
 #include <cuda_runtime.h>
 
@@ -20,9 +20,9 @@ constexpr int kSelectWarps = kSelectThreads / 32;
 /// Keys that a warp scores at a time; the largest block of keys that can be a member.
 constexpr int kGroupKeys = 64;
 
-/// A bin spans 2^(1/8) in weight below the row's largest score; the last one holds all the rest.
+/// A bin spans 2^(1/16) in weight below the row's largest score; the last one holds all the rest.
 constexpr int kBins = 512;
-constexpr float kBinsPerOctave = 8.0f;
+constexpr float kBinsPerOctave = 16.0f;
 
 /// What a block of a team saw of its members' scores.
 struct BlockStats {
@@ -41,19 +41,19 @@ struct Member {
 
 /// Pointers into the workspace.
 struct SelectWorkspace {
-  uint32_t* arrivals;                // [teams], of Team::sync
-  BlockStats* stats;                 // [teams * team_size]
-  unsigned long long* bin_mass;      // [teams, kBins]
-  uint32_t* bin_count;               // [teams, kBins]
-  Member* cut_members;               // [teams * team_size, block_members]
-  int32_t* cut_counts;               // [teams * team_size]
-  float* scores;                     // [teams * team_size, block_members], null: in shared memory
-  uint64_t* selected;                // [teams, groups]: bit i of word j is key 64 j + i; select only
-  uint32_t* chunk_counts;            // [teams, chunks], select only
+  uint32_t* arrivals;            // [teams], of Team::sync
+  BlockStats* stats;             // [teams * team_size]
+  unsigned long long* bin_mass;  // [teams, kBins]
+  uint32_t* bin_count;           // [teams, kBins]
+  Member* cut_members;           // [teams * team_size, block_members]
+  int32_t* cut_counts;           // [teams * team_size]
+  float* scores;                 // [teams * team_size, block_members], null: in shared memory
+  uint64_t* selected;            // [teams, groups]: bit i of word j is key 64 j + i; select only
+  uint32_t* chunk_counts;        // [teams, chunks], select only
   int32_t teams, team_size;
-  int32_t warp_groups;               // that a warp has room for
-  int32_t block_members;             // that a block has room for
-  int64_t groups;                    // words of a problem's mask
+  int32_t warp_groups;    // that a warp has room for
+  int32_t block_members;  // that a block has room for
+  int64_t groups;         // words of a problem's mask
   int64_t chunks;
 };
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ int bin_of(float below) {
   return static_cast<int>(fminf(below, kBins - 1.0f));
 }
 
-/// Weight relative to the upper edge of the bin, in (2^-1/8, 1]; less in the last bin.
+/// Weight relative to the upper edge of the bin, in (2^-1/16, 1]; less in the last bin.
 __device__ __forceinline__ float weight_in_bin(float below, int bin) {
   return fast_exp2((static_cast<float>(bin) - below) * (1.0f / kBinsPerOctave));
 }
@@ -90,9 +90,12 @@ struct Row {
 
 __device__ __forceinline__ Row row_of(const SelectParams& p, int64_t problem) {
   Row r;
-  r.row = problem % p.rows;
-  r.head = problem / p.rows % p.heads;
-  r.batch = problem / p.rows / p.heads;
+  // 32-bit divisions, which problems of one launch fit.
+  const auto number = static_cast<uint32_t>(problem), rows = static_cast<uint32_t>(p.rows);
+  const uint32_t head_number = number / rows;
+  r.row = number - head_number * rows;
+  r.batch = head_number / static_cast<uint32_t>(p.heads);
+  r.head = head_number - static_cast<uint32_t>(r.batch) * static_cast<uint32_t>(p.heads);
   r.start = p.start_ptr ? max(p.start_ptr[r.batch], static_cast<int64_t>(0)) : 0;
   r.position = p.keys - p.rows + r.row;
   if (r.position < r.start) {

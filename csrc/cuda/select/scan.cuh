@@ -38,12 +38,12 @@ struct GroupScores {
   float of_half[2];
 };
 
-/// Keys of 16 dimensions whose rows are aligned to 16 bytes: those of several groups are on their
+/// Keys of 16 dimensions whose rows are aligned to 16 bytes: those of kAtOnce groups are on their
 /// way before the first is needed.
-template <typename TK>
+template <typename TK, int kAtOnce>
 class WideScorer {
  public:
-  static constexpr int kGroups = sizeof(TK) == 2 ? 2 : 1;  // scored at a time
+  static constexpr int kGroups = kAtOnce;
 
   __device__ WideScorer(const SelectParams& p, const float* query) {
 #pragma unroll
@@ -62,7 +62,8 @@ class WideScorer {
         const int own = half * 32 + static_cast<int>(threadIdx.x) % 32;
         const int64_t n = first[g] + own;
         loaded[g][half] = {};
-        if (n >= begin && n < end) loaded[g][half] = *reinterpret_cast<const Key*>(keys[g] + own * stride);
+        if (n >= begin && n < end)
+          loaded[g][half] = *reinterpret_cast<const Key*>(keys[g] + own * stride);
       }
     }
 #pragma unroll
@@ -103,7 +104,8 @@ class AnyScorer {
       const int64_t n = first[0] + own;
       float sum = 0.0f;
       if (n >= begin && n < end) {
-        for (int d = 0; d < dim_; ++d) sum = fmaf(query_[d], to_float(keys[0][own * stride + d]), sum);
+        for (int d = 0; d < dim_; ++d)
+          sum = fmaf(query_[d], to_float(keys[0][own * stride + d]), sum);
       }
       scores[0].of_half[half] = sum;
     }
@@ -144,8 +146,8 @@ class Scan {
                              Shared& shared, BlockStats& stats) {
     constexpr int kGroups = Scorer::kGroups;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int64_t q_offset = row.batch * p.q_index.batch_stride +
-                             row.head * p.q_index.head_stride + row.row * p.q_index.row_stride;
+    const int64_t q_offset = row.batch * p.q_index.batch_stride + row.head * p.q_index.head_stride +
+                             row.row * p.q_index.row_stride;
     const float scale = rsqrtf(static_cast<float>(p.dim));
     for (int d = thread; d < p.dim; d += kSelectThreads) {
       shared.query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
@@ -172,8 +174,9 @@ class Scan {
       int64_t first[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        first[g] = i + g < members.groups() ? static_cast<int64_t>(members.group(i + g)) * kGroupKeys
-                                            : end;
+        first[g] = i + g < members.groups()
+                       ? static_cast<int64_t>(members.group(i + g)) * kGroupKeys
+                       : end;
         group_keys[g] = keys + first[g] * stride;
       }
       GroupScores scores[kGroups];
@@ -209,14 +212,14 @@ class Scan {
         }
       }
     }
-    const BlockStats of_warp = warp_stats(own.top_key, own.poisoned, own.candidates, near, p.near_is_scored);
+    const BlockStats of_warp =
+        warp_stats(own.top_key, own.poisoned, own.candidates, near, p.near_is_scored);
     if (lane == 0) shared.of_warp[warp] = of_warp;
     __syncthreads();
     if (warp != 0) return;
     const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, p.near_is_scored);
     if (lane == 0) stats = of_block;
   }
-
 };
 
 }  // namespace rtpurbo::cuda

@@ -54,7 +54,8 @@ class Selector {
     unsigned long long* bin_mass = w.bin_mass + team.number * kBins;
     uint32_t* bin_count = w.bin_count + team.number * kBins;
     if (threadIdx.x < 32) {
-      const BlockStats stats = merge_stats(w.stats + team.number * team.size, team.size, p.near_is_scored);
+      const BlockStats stats =
+          merge_stats(w.stats + team.number * team.size, team.size, p.near_is_scored);
       if (threadIdx.x == 0) {
         shared.stats = stats;
         if (p.near_is_scored) shared.near = LogSum{stats.near_shift, stats.near_sum}.log();
@@ -73,37 +74,36 @@ class Selector {
       found.cut.count = shared.stats.candidates;
       return found;
     }
-    Weigh::run(members, found.top, members.room(), shared.weigh, bin_mass,
-               bin_count);
+    Weigh::run(members, found.top, members.room(), shared.weigh, bin_mass, bin_count);
     team.sync();
-    const double near =
-        exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
+    const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
     found.cut = FindBin::run(p, near, bin_mass, bin_count, shared.find_bin);
     if (found.cut.bin < 0 || found.cut.bin >= kBins) return found;
 
     __syncthreads();
-    Publish::run(members, found.top, found.cut.bin, w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
+    Publish::run(members, found.top, found.cut.bin,
+                 w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
                  w.cut_counts + blockIdx.x, shared.publish);
     team.sync();
     const int64_t first_block = static_cast<int64_t>(team.number) * team.size;
     const Published published(w.cut_members + first_block * w.block_members,
-                                 w.cut_counts + first_block, w.block_members, team.size);
+                              w.cut_counts + first_block, w.block_members, team.size);
     Finish::run(published, found.top, found.cut, shared.finish);
     return found;
   }
 };
 
-/// Calls fn(i, in) with bit e of `in` set when member i + e of this warp is in, i a multiple of 4; by
-/// all lanes, for all members. fn may overwrite scores of members before i's step of 128.
+/// Calls fn(i, in) with bit e of `in` set when member i + e of this warp is in, i a multiple of 4;
+/// by all lanes, for all members. fn may overwrite scores of members before i's step of 128.
 template <typename Fn>
 __device__ __forceinline__ void for_each_chosen(const Selection& selection, const Members& members,
                                                 const Fn& fn) {
-  for_each_four(members, 0, members.count(), [&](int i, const float (&scores)[4]) {
+  for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
     uint32_t in = 0, ties = 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const bool own = selection.everything ? scores[e] != -INFINITY
-                                            : scores[e] > selection.cut.score;
+      const bool own =
+          selection.everything ? scores[e] != -INFINITY : scores[e] > selection.cut.score;
       in |= static_cast<uint32_t>(own) << e;
       ties |= static_cast<uint32_t>(scores[e] == selection.cut.score) << e;
     }

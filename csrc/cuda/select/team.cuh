@@ -1,9 +1,8 @@
 #pragma once
 // The blocks that share a problem.
 
-#include <cuda/atomic>
-
 #include <cstdint>
+#include <cuda/atomic>
 
 #include "csrc/cuda/select/problem.cuh"
 

@@ -12,7 +12,7 @@ constexpr int kBinFraction = 17;
 constexpr int kMostAtOnce = 32764;
 
 class Weigh {
-  static constexpr int kCopies = 2;  // of the histogram: lanes of one bin collide less often
+  static constexpr int kCopies = 4;  // of the histogram: lanes of one bin collide less often
 
  public:
   struct Shared {
@@ -22,7 +22,7 @@ class Weigh {
   /// Adds this block's members to the team's histogram.
   static __device__ void run(const Members& members, float top, int warp_capacity, Shared& shared,
                              unsigned long long* bin_mass, uint32_t* bin_count) {
-    constexpr int kStep = kMostAtOnce / kSelectWarps / 256 * 256;  // members of a warp
+    constexpr int kStep = kMostAtOnce / kSelectWarps / 128 * 128;  // members of a warp
     uint32_t* mass = shared.mass[threadIdx.x % kCopies];
     uint32_t* count = shared.count[threadIdx.x % kCopies];
 #pragma unroll 1
@@ -32,7 +32,7 @@ class Weigh {
       }
       __syncthreads();
       const int end = min(members.count(), begin + kStep);
-      for_each_four(members, begin, end, [&](int, const float (&scores)[4]) {
+      for_each_four(members, begin, end, [&](int, const float(&scores)[4]) {
 #pragma unroll
         for (const float score : scores) {
           if (score == -INFINITY) continue;

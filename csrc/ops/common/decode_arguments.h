@@ -19,11 +19,10 @@ class DecodeArguments {
   DecodeArguments(const char* op, bool listed, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, at::IntArrayRef retrieval_heads, int64_t window,
                   int64_t near_window, int64_t sinks, double scale,
-                  const std::optional<at::Tensor>& indices,
-                  const std::optional<at::Tensor>& counts, int64_t block_size,
-                  const std::optional<at::Tensor>& k_local,
-                  const std::optional<at::Tensor>& v_local,
-                  const std::optional<at::Tensor>& start, int64_t length);
+                  const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& counts,
+                  int64_t block_size, const std::optional<at::Tensor>& k_local,
+                  const std::optional<at::Tensor>& v_local, const std::optional<at::Tensor>& start,
+                  int64_t length);
   DecodeArguments(const DecodeArguments&) = delete;
 
   const cpu::DecodeParams& params() const { return params_; }

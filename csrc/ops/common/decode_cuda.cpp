@@ -66,8 +66,8 @@ void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
 DecodeParams decode_params(const char* op, const cpu::DecodeParams& in) {
   check_not_double(op, "q", in.dtype);
   TORCH_CHECK_VALUE(in.heads <= DecodeParams::kMaxHeads && in.dim <= kMaxHeadDim, "rtpurbo::", op,
-                    ": q on CUDA must have Hq <= ", DecodeParams::kMaxHeads, " and D <= ",
-                    kMaxHeadDim, ", got Hq = ", in.heads, " and D = ", in.dim);
+                    ": q on CUDA must have Hq <= ", DecodeParams::kMaxHeads,
+                    " and D <= ", kMaxHeadDim, ", got Hq = ", in.heads, " and D = ", in.dim);
   DecodeParams params{
       .type = element_type(in.dtype),
       .q = in.q,
