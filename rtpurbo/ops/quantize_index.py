@@ -14,8 +14,8 @@ def quantize_index(k_index: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     What `select` and `select_tiles` make of it is off by at most step / 2.
 
     Args:
-        k_index: [B, Rk, N, r] float32, float64, bfloat16 or float16, N a multiple of 64; last
-            dimension contiguous.
+        k_index: [B, Rk, N, r] float32, bfloat16, float16 or, on the CPU, float64, N a multiple of
+            64; last dimension contiguous.
         bits: 4 or 8.
 
     Returns:
@@ -26,7 +26,6 @@ def quantize_index(k_index: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range or dtype.
-        NotImplementedError: k_index is on CUDA.
     """
     return rtpurbo_ops.quantize_index(k_index, bits)
 

@@ -18,12 +18,6 @@ void prefill_densely(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/
                               ": no CUDA kernel yet; use RTPurboConfig(prefill='dense') or run on "
                               "the CPU (model.to('cpu'))");
 }
-
-void use_16_bits(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
-                              ": 4- and 8-bit index keys have no CUDA kernel yet; use "
-                              "RTPurboConfig(index_bits=16) or run on the CPU (model.to('cpu'))");
-}
 #else
 void rebuild(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -41,7 +35,6 @@ TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&train_on_the_cpu>());
   }
   m.impl("select_tiles", torch::CppFunction::makeFromBoxedFunction<&prefill_densely>());
-  m.impl("quantize_index", torch::CppFunction::makeFromBoxedFunction<&use_16_bits>());
 #else
   for (const char* op :
        {"attention", "attention_backward", "cache_append", "cache_append_index", "cache_unroll",
