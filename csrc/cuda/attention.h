@@ -41,6 +41,7 @@ struct AttentionParams {
   int32_t rows, keys, local_keys, dim;
   int32_t tile, block_size, window, sinks;
   float scale;
+  uint32_t* ticket_ptr = nullptr;  // scratch of the launch; null: only the portable path
   bool vectorized = false;  // 16-byte loads are aligned; the launchers set it
   HeadTable heads;
 };

@@ -1,0 +1,28 @@
+#pragma once
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor" (sm_90).
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "csrc/cuda/ptx/mbarrier.cuh"
+#include "csrc/cuda/ptx/shared_address.cuh"
+
+namespace rtpurbo::cuda::ptx {
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
+/// Starts copying the box at those coordinates of a tensor to shared memory; zeros where it is
+/// outside. All its bytes count for `full`.
+__device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, int x, int row,
+                                         int head, int batch, Mbarrier& full) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(x), "r"(row), "r"(head), "r"(batch), "r"(shared_address(&full.state))
+      : "memory");
+}
+
+}  // namespace rtpurbo::cuda::ptx

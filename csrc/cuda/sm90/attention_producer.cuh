@@ -1,0 +1,122 @@
+#pragma once
+// One thread takes row tiles off the queue and starts all copies. Per tile K and V come in the
+// order in which consume_tile needs them.
+
+#include "csrc/cuda/ptx/tma.cuh"
+#include "csrc/cuda/sm90/attention_maps.h"
+#include "csrc/cuda/sm90/attention_shared.cuh"
+
+namespace rtpurbo::cuda::sm90 {
+
+/// Items are row tiles, the longest first: those of retrieval heads, the last rows first, then
+/// near.
+struct WorkQueue {
+  uint32_t retrieval_items;
+  uint32_t items;
+  int32_t tiles;  // per head
+};
+
+/// Fills in work in shared memory; the thread has few registers.
+template <int kKeys>
+__device__ void find_work(const AttentionParams& params, const WorkQueue& queue, uint32_t item,
+                          Work<kKeys>& work) {
+  if (item >= queue.items) {
+    work.height = 0;
+    return;
+  }
+  const bool near = item >= queue.retrieval_items;
+  if (near) item -= queue.retrieval_items;
+  const uint32_t heads = near ? params.heads.near : params.heads.retrieval;
+  const uint32_t slot = item % heads + (near ? params.heads.retrieval : 0);
+  item /= heads;
+  const uint32_t batch = static_cast<uint32_t>(params.batch);
+  const int tile = queue.tiles - 1 - static_cast<int>(item / batch);
+
+  const HeadJob& job = params.heads.jobs[slot];
+  work.job = job;
+  work.batch = static_cast<int>(item % batch);
+  work.row = tile * kTileRows;
+  work.height = min(kTileRows, params.rows - work.row);
+  work.position = work.row + (job.from_local ? params.local_keys : params.keys) - params.rows;
+  find_key_blocks(params, job, work.batch, tile, work.position, work.height, work.blocks);
+}
+
+template <int kDim, bool kValues>
+struct Producer {
+  using Memory = Shared<kDim>;
+  static constexpr int kKeys = Memory::kKeys;
+  static constexpr int kBoxes = kKeys / kBoxRows;
+
+  const AttentionMaps& maps;
+  Memory& shared;
+  RingPlace<Memory::kStages> stage;
+
+  __device__ void load_queries(const Work<kKeys>& work, int tile) {
+    ptx::Mbarrier& full = shared.queries_full[tile];
+    full.arrive_expect(Memory::kQueryBytes);
+#pragma unroll
+    for (int box = 0; box < kConsumers * Memory::kPanels; ++box) {
+      const int rows = box / Memory::kPanels;
+      const int panel = box % Memory::kPanels;
+      ptx::load_box(shared.queries[tile] + box * kBoxBytes, maps.q, panel * kBoxColumns,
+                    work.row + rows * kConsumerRows, work.job.head, work.batch, full);
+    }
+  }
+
+  __device__ void load_keys(const CUtensorMap& map, const Work<kKeys>& work,
+                            const KeyBlock<kBoxes>& block) {
+    shared.stage_empty[stage.index].wait(stage.parity ^ 1);
+    ptx::Mbarrier& full = shared.stage_full[stage.index];
+    full.arrive_expect(Memory::kStageBytes);
+#pragma unroll
+    for (int panel = 0; panel < Memory::kPanels; ++panel) {
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        ptx::load_box(shared.stages[stage.index] + (panel * kBoxes + box) * kBoxBytes, map,
+                      panel * kBoxColumns, block.begin[box], work.job.kv_head, work.batch, full);
+      }
+    }
+    stage.advance();
+  }
+
+  __device__ void load_tile(const Work<kKeys>& work) {
+    const CUtensorMap& k_map = work.job.from_local ? maps.k_local : maps.k;
+    const CUtensorMap& v_map = work.job.from_local ? maps.v_local : maps.v;
+    const KeyBlocks<kKeys>& blocks = work.blocks;
+    for (int i = 0; i < blocks.masked; ++i) {
+      const KeyBlock<kBoxes> block = blocks.at(i);
+      load_keys(k_map, work, block);
+      if constexpr (kValues) load_keys(v_map, work, block);
+    }
+    if (blocks.masked == blocks.total) return;
+    KeyBlock<kBoxes> block = blocks.at(blocks.masked);
+    load_keys(k_map, work, block);
+    for (int i = blocks.masked + 1; i < blocks.total; ++i) {
+      const KeyBlock<kBoxes> next = blocks.at(i);
+      load_keys(k_map, work, next);
+      if constexpr (kValues) load_keys(v_map, work, block);
+      block = next;
+    }
+    if constexpr (kValues) load_keys(v_map, work, block);
+  }
+
+  __device__ void run(const AttentionParams& params, const WorkQueue& queue) {
+    RingPlace<Memory::kTiles> tile;
+    uint32_t item = blockIdx.x;
+    while (true) {
+      Work<kKeys>& work = shared.work[tile.index];
+      shared.queries_empty[tile.index].wait(tile.parity ^ 1);
+      find_work(params, queue, item, work);
+      if (work.height == 0) {
+        shared.queries_full[tile.index].arrive();
+        return;
+      }
+      load_queries(work, tile.index);
+      item = gridDim.x + atomicAdd(params.ticket_ptr, 1u);
+      load_tile(work);
+      tile.advance();
+    }
+  }
+};
+
+}  // namespace rtpurbo::cuda::sm90

@@ -1,0 +1,26 @@
+#pragma once
+// How the copy engine of sm_90 reads [B, H, S, D] tensors: boxes of 64 rows of 64 columns, which
+// land in shared memory as rows of 128 bytes with the 128-byte swizzle.
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "csrc/cuda/element_type.h"
+#include "csrc/ops/common/heads_view.h"
+
+namespace rtpurbo::cuda::sm90 {
+
+inline constexpr int kBoxRows = 64;
+inline constexpr int kBoxColumns = 64;
+inline constexpr int kBoxBytes = kBoxRows * kBoxColumns * 2;
+
+struct TensorExtents {
+  int64_t batch, heads, rows, dim;
+};
+
+/// Encodes the map of a 16-bit tensor; false when the driver cannot describe it.
+bool encode_tensor_map(CUtensorMap& map, const HeadsView& view, const TensorExtents& extents,
+                       ElementType type);
+
+}  // namespace rtpurbo::cuda::sm90
