@@ -1,6 +1,12 @@
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/attention.h"
 #include "csrc/cuda/element.cuh"
+#ifdef RTPURBO_WITH_SM90
+#include "csrc/cuda/sm90/attention.h"
+#endif
+
+#include <cstdlib>
+#include <cstring>
 
 namespace rtpurbo::cuda {
 
@@ -21,6 +27,17 @@ cudaError_t launch_dim(const AttentionParams& params, cudaStream_t stream) {
   }
 }
 
+#ifdef RTPURBO_WITH_SM90
+/// Whether the environment asks for the kernels that every device runs.
+bool prefers_portable() {
+  static const bool prefers = [] {
+    const char* value = std::getenv("RTPURBO_PORTABLE");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  return prefers;
+}
+#endif
+
 }  // namespace
 
 bool rows_are_aligned(const AttentionParams& params) {
@@ -34,6 +51,12 @@ bool rows_are_aligned(const AttentionParams& params) {
 }
 
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {
+#ifdef RTPURBO_WITH_SM90
+  if (!prefers_portable() && sm90::takes_attention(params)) {
+    const cudaError_t error = sm90::launch_attention(params, stream);
+    if (error != cudaErrorNotSupported) return error;
+  }
+#endif
   AttentionParams checked = params;
   checked.vectorized = rows_are_aligned(params);
   return dispatch_element(params.type, [&](auto element) {

@@ -42,14 +42,15 @@ struct AttentionParams {
   int32_t tile, block_size, window, sinks;
   float scale;
   uint32_t* ticket_ptr = nullptr;  // scratch of the launch; null: only the portable path
-  bool vectorized = false;  // 16-byte loads are aligned; the launchers set it
+  bool vectorized = false;         // 16-byte loads are aligned; the launchers set it
   HeadTable heads;
 };
 
 /// Whether all rows that are read begin at multiples of 16 bytes.
 bool rows_are_aligned(const AttentionParams& params);
 
-/// Attention or its log-sum-exp alone; float32, or 16-bit types by tensor cores (sm_80).
+/// Attention or its log-sum-exp alone; float32, or 16-bit types by tensor cores: those of sm_90a
+/// where the device and the parameters allow it, else those of sm_80.
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream);
 
 }  // namespace rtpurbo::cuda

@@ -1,6 +1,7 @@
 #ifdef RTPURBO_WITH_CUDA
 #include "csrc/ops/common/attention_cuda.h"
 
+#include <ATen/Functions.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
@@ -78,6 +79,8 @@ void for_head_tables(const char* op, const at::Tensor& q, const cpu::AttentionPa
                        .scale = static_cast<float>(params.scale),
                        .heads = {}};
   const c10::cuda::CUDAGuard guard(q.device());
+  const at::Tensor ticket = at::empty({1}, q.options().dtype(at::kInt));
+  part.ticket_ptr = reinterpret_cast<uint32_t*>(ticket.mutable_data_ptr<int32_t>());
   const std::vector<HeadJob> jobs = head_jobs(*params.head_sets);
   for (size_t first = 0; first < jobs.size(); first += HeadTable::kMax) {
     const size_t end = std::min(jobs.size(), first + HeadTable::kMax);
