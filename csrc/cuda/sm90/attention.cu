@@ -70,7 +70,8 @@ bool takes_attention(const AttentionParams& params) {
   const int64_t tiles = (params.rows + kTileRows - 1) / kTileRows;
   const int64_t items = params.batch * (params.heads.retrieval + params.heads.near) * tiles;
   return params.type != ElementType::kFloat32 && params.dim <= kMaxHeadDim && params.ticket_ptr &&
-         rows_are_aligned(params) && items < kMaxItems && takes_lists(params) && is_sm90();
+         rows_are_aligned(params) && rows_are_aligned(params.out, 2) && items < kMaxItems &&
+         takes_lists(params) && is_sm90();
 }
 
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {

@@ -16,6 +16,7 @@ struct Consumer {
   using Memory = Shared<kDim>;
   static constexpr int kKeys = Memory::kKeys;
   static constexpr int kBoxes = kKeys / kBoxRows;
+  using Place = RingPlace<Memory::kStages>;
 
   const AttentionParams& params;
   Memory& shared;
@@ -23,7 +24,7 @@ struct Consumer {
   const int warpgroup;
   const int lane;
   const int row;  // the first of this thread's two rows in the tile; the other is 8 below
-  RingPlace<Memory::kStages> stage;
+  Place stage;
 
   // Element 4 j + 2 h + e belongs to row h and column 8 j + 2 (lane % 4) + e.
   float scores[kKeys / 2];
@@ -37,21 +38,28 @@ struct Consumer {
   __device__ void await_turn() { ptx::barrier_sync(1 + warpgroup, kConsumers * kWarpgroup); }
   __device__ void pass_turn() { ptx::barrier_arrive(1 + (warpgroup ^ 1), kConsumers * kWarpgroup); }
 
-  __device__ void await_stage(const RingPlace<Memory::kStages>& place) {
+  __device__ void await_stage(const Place& place) {
     shared.stage_full[place.index].wait(place.parity);
   }
-  __device__ void release_stage(const RingPlace<Memory::kStages>& place) {
+  __device__ void release_stage(const Place& place) {
     if (lane == 0) shared.stage_empty[place.index].arrive();
   }
-  __device__ RingPlace<Memory::kStages> next_stage() {
-    const RingPlace<Memory::kStages> place = stage;
+  __device__ Place next_stage() {
+    const Place place = stage;
     stage.advance();
     return place;
   }
 
-  /// Starts scores = Q K^T.
-  __device__ void multiply_keys(uint64_t queries, const RingPlace<Memory::kStages>& place) {
-    const uint64_t keys = ptx::matrix_descriptor(shared.stages[place.index], 0);
+  /// The first kWidth scores of each row.
+  template <int kWidth>
+  __device__ float (&first_scores())[kWidth / 2] {
+    return reinterpret_cast<float(&)[kWidth / 2]>(scores);
+  }
+
+  /// Starts scores = Q K^T for kWidth keys from a box on.
+  template <int kWidth = kKeys>
+  __device__ __forceinline__ void multiply_keys(uint64_t queries, const Place& place, int box = 0) {
+    const uint64_t keys = ptx::matrix_descriptor(shared.stages[place.index] + box * kBoxBytes, 0);
     ptx::pin(scores);
     ptx::wgmma_fence();
 #pragma unroll
@@ -61,36 +69,39 @@ struct Consumer {
       const uint64_t a = queries + ((i / kSteps * kBoxBytes + column) >> 4);
       const uint64_t b = keys + ((i / kSteps * kBoxes * kBoxBytes + column) >> 4);
       if (i == 0) {
-        ptx::wgmma_rows<T, kKeys, false>(scores, a, b);
+        ptx::wgmma_rows<T, kWidth, false>(first_scores<kWidth>(), a, b);
       } else {
-        ptx::wgmma_rows<T, kKeys, true>(scores, a, b);
+        ptx::wgmma_rows<T, kWidth, true>(first_scores<kWidth>(), a, b);
       }
     }
     ptx::wgmma_commit();
   }
 
-  /// Starts out += weights V.
-  __device__ void multiply_values(const RingPlace<Memory::kStages>& place) {
-    const uint64_t values = ptx::matrix_descriptor(shared.stages[place.index], kBoxes * kBoxBytes);
+  /// Starts out += weights V for kWidth keys from a box on.
+  template <int kWidth = kKeys>
+  __device__ __forceinline__ void multiply_values(const Place& place, int box = 0) {
+    const uint64_t values =
+        ptx::matrix_descriptor(shared.stages[place.index] + box * kBoxBytes, kBoxes * kBoxBytes);
     ptx::pin(out);
     ptx::pin(weights);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {
+    for (int i = 0; i < kWidth / 16; ++i) {
       ptx::wgmma_columns<T, kDim>(out, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2],
                                   weights[4 * i + 3], values + (i * 16 * 128 >> 4));
     }
     ptx::wgmma_commit();
   }
 
-  __device__ void mask(const KeyBlock<kBoxes>& block, int position) {
+  template <int kWidth>
+  __device__ __forceinline__ void mask(const KeyBlock<kWidth / kBoxRows>& block, int position) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int m = position + row + 8 * h;
-      const int low = max(block.floor, m - block.window + 1);
-      const uint32_t length = max(0, min(m, block.ceiling) + 1 - low);
+      const int low = block.first_seen(m);
+      const uint32_t length = max(0, block.last_seen(m) + 1 - low);
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
+      for (int j = 0; j < kWidth / 8; ++j) {
         const int first = block.begin[j / 8] + j % 8 * 8 + lane % 4 * 2 - low;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -101,12 +112,13 @@ struct Consumer {
   }
 
   /// Turns scores into weights, still in float, and finds by what the rows' state decays.
-  __device__ void soften() {
+  template <int kWidth = kKeys>
+  __device__ __forceinline__ void soften() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = maximum[h];
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
+      for (int j = 0; j < kWidth / 8; ++j) {
         top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
@@ -116,7 +128,7 @@ struct Consumer {
       maximum[h] = top;
       sum[h] *= decay[h];
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
+      for (int j = 0; j < kWidth / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = scores[4 * j + 2 * h + e];
@@ -127,20 +139,21 @@ struct Consumer {
     }
   }
 
-  __device__ void decay_out() {
+  __device__ __forceinline__ void decay_out() {
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) out[i] *= decay[i / 2 % 2];
   }
 
-  __device__ void pack_weights() {
+  template <int kWidth = kKeys>
+  __device__ __forceinline__ void pack_weights() {
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) {
+    for (int i = 0; i < kWidth / 4; ++i) {
       weights[i] = ptx::pack_pair<T>(scores[2 * i], scores[2 * i + 1]);
     }
   }
 
   /// Whether a value of the stage is infinite or NaN.
-  __device__ bool is_poisoned(const RingPlace<Memory::kStages>& place) {
+  __device__ __forceinline__ bool is_poisoned(const Place& place) {
     constexpr uint32_t kInfinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
     const uint4* chunks = reinterpret_cast<const uint4*>(shared.stages[place.index]);
     uint32_t top = 0;  // the largest magnitudes, which order as integers
@@ -155,62 +168,62 @@ struct Consumer {
   }
 
   /// out += weights V without the keys that a row does not see: 0 * inf would be NaN.
-  __device__ void add_seen_values(const RingPlace<Memory::kStages>& place,
-                                  const KeyBlock<kBoxes>& block, int position) {
-    const unsigned char* values = shared.stages[place.index];
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
+  template <int kWidth>
+  __device__ __forceinline__ void add_seen_values(const Place& place,
+                                                  const KeyBlock<kWidth / kBoxRows>& block, int box,
+                                                  int position) {
+    const unsigned char* values = shared.stages[place.index] + box * kBoxBytes;
 #pragma unroll 1
-      for (int column = 0; column < 8; ++column) {
-        const int key = 8 * j + column;
-        const int n = block.begin[j / 8] + key % kBoxRows;
-        const int owner = (lane & ~3) | (column >> 1);
-        float weight[2];
-        bool seen[2];
+    for (int key = 0; key < kWidth; ++key) {
+      float weight[2] = {};
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          weight[h] = __shfl_sync(
-              ~0u, column & 1 ? scores[4 * j + 2 * h + 1] : scores[4 * j + 2 * h], owner);
-          const int m = position + row + 8 * h;
-          seen[h] = n >= max(block.floor, m - block.window + 1) && n <= min(m, block.ceiling);
-        }
+      for (int i = 0; i < kWidth / 2; ++i) {  // no run-time index into registers
+        const int h = i / 2 % 2;
+        if (i / 4 * 2 + i % 2 == key / 8 * 2 + key % 2) weight[h] = scores[i];
+      }
+      const int begin = key < kBoxRows ? block.begin[0] : block.begin[kWidth / kBoxRows - 1];
+      const int n = begin + key % kBoxRows;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weight[h] = __shfl_sync(~0u, weight[h], (lane & ~3) | (key % 8 / 2));
+        const int m = position + row + 8 * h;
+        const bool seen = n >= block.first_seen(m) && n <= block.last_seen(m);
 #pragma unroll
         for (int i = 0; i < kDim / 8; ++i) {
-          const int chunk = (i % 8) ^ (key % 8);
-          const T* pair = reinterpret_cast<const T*>(values + i / 8 * kBoxes * kBoxBytes +
-                                                     key * 128 + chunk * 16 + lane % 4 * 4);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (!seen[h]) continue;
-            out[4 * i + 2 * h] += weight[h] * to_float(pair[0]);
-            out[4 * i + 2 * h + 1] += weight[h] * to_float(pair[1]);
-          }
+          const T* pair =
+              reinterpret_cast<const T*>(values + i / 8 * kBoxes * kBoxBytes + key * 128 +
+                                         (i % 8 ^ key % 8) * 16 + lane % 4 * 4);
+          out[4 * i + 2 * h] += seen ? weight[h] * to_float(pair[0]) : 0.0f;
+          out[4 * i + 2 * h + 1] += seen ? weight[h] * to_float(pair[1]) : 0.0f;
         }
       }
     }
   }
 
-  /// A block of which some rows do not see all.
-  __device__ void masked_step(uint64_t queries, const KeyBlock<kBoxes>& block, int position) {
-    const auto keys = next_stage();
+  /// A step on kWidth keys from a box on, of which some rows do not see all.
+  template <int kWidth>
+  __device__ __forceinline__ void masked_part(uint64_t queries,
+                                              const KeyBlock<kWidth / kBoxRows>& block, int box,
+                                              int position) {
+    const Place keys = next_stage();
     await_stage(keys);
     await_turn();
-    multiply_keys(queries, keys);
+    multiply_keys<kWidth>(queries, keys, box);
     pass_turn();
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
     release_stage(keys);
-    mask(block, position);
-    soften();
+    mask<kWidth>(block, position);
+    soften<kWidth>();
     if constexpr (kValues) {
       decay_out();
-      const auto values = next_stage();
+      const Place values = next_stage();
       await_stage(values);
       if (is_poisoned(values)) {
-        add_seen_values(values, block, position);
+        add_seen_values<kWidth>(values, block, box, position);
       } else {
-        pack_weights();
-        multiply_values(values);
+        pack_weights<kWidth>();
+        multiply_values<kWidth>(values, box);
         ptx::wgmma_wait<0>();
         ptx::pin(out);
       }
@@ -219,9 +232,33 @@ struct Consumer {
     }
   }
 
+  /// A masked block; only one of its boxes where this warpgroup's rows see no more.
+  __device__ __forceinline__ void masked_step(uint64_t queries, const KeyBlock<kBoxes>& block,
+                                              int position) {
+    if constexpr (kBoxes == 1) {
+      masked_part<kKeys>(queries, block, 0, position);
+    } else {
+      const int first = position + warpgroup * kConsumerRows;
+      const auto seen = [&](int box) {
+        return block.begin[box] <= block.last_seen(first + kConsumerRows - 1) &&
+               block.begin[box] + kBoxRows > block.first_seen(first);
+      };
+      const bool second = seen(1);
+      if (second && seen(0)) {
+        masked_part<kKeys>(queries, block, 0, position);
+      } else {
+        const KeyBlock<1> part{.begin = {second ? block.begin[1] : block.begin[0]},
+                               .floor = block.floor,
+                               .ceiling = block.ceiling,
+                               .window = block.window};
+        masked_part<kBoxRows>(queries, part, second, position);
+      }
+    }
+  }
+
   /// `count` blocks that all rows see whole.
-  __device__ void full_steps(uint64_t queries, int count) {
-    auto keys = next_stage();
+  __device__ __forceinline__ void full_steps(uint64_t queries, int count) {
+    Place keys = next_stage();
     await_stage(keys);
     await_turn();
     multiply_keys(queries, keys);
@@ -241,7 +278,7 @@ struct Consumer {
       await_turn();
       multiply_keys(queries, keys);
       if constexpr (kValues) {
-        const auto values = next_stage();
+        const Place values = next_stage();
         await_stage(values);
         multiply_values(values);
         pass_turn();
@@ -264,7 +301,7 @@ struct Consumer {
       }
     }
     if constexpr (kValues) {
-      const auto values = next_stage();
+      const Place values = next_stage();
       await_stage(values);
       multiply_values(values);
       ptx::wgmma_wait<0>();
@@ -273,33 +310,56 @@ struct Consumer {
     }
   }
 
-  __device__ void store(const Work<kKeys>& work) {
+  __device__ __forceinline__ void store(const Work<kKeys>& work) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
       const int r = row + 8 * h;
-      if (r >= work.height) continue;
-      if (lane % 4 == 0) {
+      const bool real = r < work.height;
+      if (real && lane % 4 == 0) {
         params.lse_ptr[(work.batch * params.lse_heads + work.job.lse_head) * params.rows +
                        work.row + r] = SoftmaxSum{maximum[h], total}.lse(params.scale);
       }
       if constexpr (kValues) {
         T* to = head_rows<T>(params.out, work.batch, work.job.head) +
-                (work.row + r) * params.out.row_stride + 2 * (lane % 4);
+                (work.row + r) * params.out.row_stride;
         const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
-        for (int j = 0; j < kDim / 8; ++j) {
-          if (8 * j >= params.dim) break;
-          *reinterpret_cast<uint32_t*>(to + 8 * j) =
-              ptx::pack_pair<T>(out[4 * j + 2 * h] * inverse, out[4 * j + 2 * h + 1] * inverse);
+        for (int j = 0; j < kDim / 8; j += 4) {
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            words[i] = ptx::pack_pair<T>(out[4 * (j + i) + 2 * h] * inverse,
+                                         out[4 * (j + i) + 2 * h + 1] * inverse);
+          }
+          transpose_quad(words);
+          const int column = 8 * (j + lane % 4);
+          if (real && column < params.dim) {
+            *reinterpret_cast<uint4*>(to + column) = {words[0], words[1], words[2], words[3]};
+          }
         }
       }
     }
   }
 
-  __device__ void run() {
+  /// Of four lanes, lane i gets the words i of all.
+  __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const bool upper = lane & step;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & step) continue;
+        const uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + step], step);
+        words[i] = upper ? other : words[i];
+        words[i + step] = upper ? words[i + step] : other;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
     RingPlace<Memory::kTiles> tile;
     if (warpgroup == 1) pass_turn();
     while (true) {

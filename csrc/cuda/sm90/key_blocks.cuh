@@ -15,13 +15,16 @@ inline constexpr int kTileRows = 128;
 /// Begin of a box without keys: beyond every tensor, and after every row.
 inline constexpr int kNoKeys = (1 << 30) + 256;
 
-/// Boxes of 64 keys side by side. Row m sees keys max(floor, m - window + 1) to min(m, ceiling).
+/// Boxes of 64 keys side by side, and which of them the row at position m sees.
 template <int kBoxes>
 struct KeyBlock {
   int begin[kBoxes];
   int floor;
   int ceiling;
   int window;
+
+  __device__ int first_seen(int m) const { return max(floor, m - window + 1); }
+  __device__ int last_seen(int m) const { return min(m, ceiling); }
 };
 
 /// The masked blocks come first, in whatever order; so the steps on all others need no mask.
