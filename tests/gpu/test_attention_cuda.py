@@ -1,6 +1,9 @@
 """attention on CUDA against the float64 reference, which is fed the rounded inputs."""
 
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -173,6 +176,29 @@ def test_offsets_beyond_two_to_the_31() -> None:
     far = ops.attention(q, k, k, [1], 9, 4, 0.125)
     packed = ops.attention(q, k.contiguous(), k.contiguous(), [1], 9, 4, 0.125)
     assert all(map(torch.equal, far, packed))
+
+
+def test_heads_of_all_roles_over_long_rows() -> None:
+    """Several work items a block, and lists whose blocks lie on the diagonal, inside and at it."""
+    for dim, dtype in product([64, 128, 256], [torch.bfloat16, torch.float16]):
+        q = torch.randn(1, 6, 1500, dim).to(dtype)
+        k, v = (torch.randn(1, 2, 1700, dim).to(dtype) for _ in range(2))
+        picked = torch.rand(1, 3, 12, 27) < 0.5
+        counts = picked.sum(-1, dtype=torch.int32)
+        counts[:, 2] = -1
+        indices = torch.where(picked, torch.arange(27), 1 << 30).sort(-1).values.to(torch.int32)
+        lists = {"block_indices": indices, "block_counts": counts}
+        check((q, k, v, [0, 2, 5], 300, 4, dim**-0.5), {"start": torch.tensor([100]), **lists})
+
+
+@pytest.mark.skipif("RTPURBO_PORTABLE" in os.environ, reason="this is that run")
+def test_the_portable_path_where_it_is_not_the_usual_one() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only on compute capability 9.0 another path is usual")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "RTPURBO_PORTABLE": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
 
 
 def test_what_cuda_does_not_take_is_refused() -> None:

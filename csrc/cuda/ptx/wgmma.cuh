@@ -102,6 +102,19 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[kN / 2], uint64_t a, uint6
   }
 }
 
+/// The same with a in registers as in mma_m16n8k16, 16 rows a warp.
+template <typename T, int kN, bool kAccumulate>
+__device__ __forceinline__ void wgmma_rows(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kN == 64 || kN == 128);
+  if constexpr (kN == 64) {
+    RTPURBO_WGMMA_TYPES("m64n64k16", 32, ", {%32, %33, %34, %35}, %36, %37, 1, 1, 0;\n", "r"(a[0]),
+                        "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAccumulate));
+  } else {
+    RTPURBO_WGMMA_TYPES("m64n128k16", 64, ", {%64, %65, %66, %67}, %68, %69, 1, 1, 0;\n", "r"(a[0]),
+                        "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAccumulate));
+  }
+}
+
 /// d[64, kN] += a[64, 16] b[16, kN]: a in registers as in mma_m16n8k16, 16 rows a warp; b in shared
 /// memory with contiguous columns.
 template <typename T, int kN>

@@ -3,6 +3,7 @@
 // multiply the values of the block before, and the other warpgroup's turn comes.
 
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/ptx/ldmatrix.cuh"
 #include "csrc/cuda/ptx/mma.cuh"
 #include "csrc/cuda/ptx/warpgroup.cuh"
 #include "csrc/cuda/ptx/wgmma.cuh"
@@ -26,6 +27,9 @@ struct Consumer {
   const int row;  // the first of this thread's two rows in the tile; the other is 8 below
   Place stage;
 
+  // The warp's queries, where there are registers for them: less traffic on shared memory.
+  static constexpr bool kKeepQueries = kValues && kDim <= 128;
+  uint32_t kept_queries[kKeepQueries ? kDim / 16 : 1][4];
   // Element 4 j + 2 h + e belongs to row h and column 8 j + 2 (lane % 4) + e.
   float scores[kKeys / 2];
   uint32_t weights[kKeys / 4];
@@ -50,6 +54,17 @@ struct Consumer {
     return place;
   }
 
+  __device__ __forceinline__ void keep_queries(int tile) {
+    const unsigned char* panels = shared.queries[tile] + warpgroup * Memory::kPanels * kBoxBytes;
+    const int r = row % kConsumerRows - lane / 4 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const int chunk = i % 4 * 2 + lane / 16;
+      ptx::ldmatrix_x4(kept_queries[i],
+                       panels + i / 4 * kBoxBytes + r * 128 + (chunk ^ r % 8) * 16);
+    }
+  }
+
   /// The first kWidth scores of each row.
   template <int kWidth>
   __device__ float (&first_scores())[kWidth / 2] {
@@ -68,10 +83,19 @@ struct Consumer {
       const int column = i % kSteps * 32;
       const uint64_t a = queries + ((i / kSteps * kBoxBytes + column) >> 4);
       const uint64_t b = keys + ((i / kSteps * kBoxes * kBoxBytes + column) >> 4);
-      if (i == 0) {
-        ptx::wgmma_rows<T, kWidth, false>(first_scores<kWidth>(), a, b);
+      auto& to = first_scores<kWidth>();
+      if constexpr (kKeepQueries) {
+        if (i == 0) {
+          ptx::wgmma_rows<T, kWidth, false>(to, kept_queries[i], b);
+        } else {
+          ptx::wgmma_rows<T, kWidth, true>(to, kept_queries[i], b);
+        }
       } else {
-        ptx::wgmma_rows<T, kWidth, true>(first_scores<kWidth>(), a, b);
+        if (i == 0) {
+          ptx::wgmma_rows<T, kWidth, false>(to, a, b);
+        } else {
+          ptx::wgmma_rows<T, kWidth, true>(to, a, b);
+        }
       }
     }
     ptx::wgmma_commit();
@@ -372,6 +396,7 @@ struct Consumer {
       sum[0] = sum[1] = 0.0f;
       const uint64_t queries = ptx::matrix_descriptor(
           shared.queries[tile.index] + warpgroup * Memory::kPanels * kBoxBytes, 0);
+      if constexpr (kKeepQueries) keep_queries(tile.index);
       const int masked = work.blocks.masked;
       const int total = work.blocks.total;
 #pragma unroll 1
