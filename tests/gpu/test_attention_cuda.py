@@ -135,14 +135,11 @@ def test_empty(batch: int, rows: int, keys: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", CUDA_TYPES)
-def test_misaligned_views_equal_aligned_ones(dtype: torch.dtype) -> None:
+def test_misaligned_views_match_the_reference(dtype: torch.dtype) -> None:
     def odd(heads: int) -> Tensor:
-        return torch.randn(2, heads, 150, 64 + 5).to(dtype).cuda()[..., 3:-2]
+        return torch.randn(2, heads, 150, 64 + 5).to(dtype)[..., 3:-2]
 
-    q, k, v = odd(4), odd(2), odd(2)
-    far = ops.attention(q, k, v, [1, 2], 40, 4, 0.125)
-    packed = ops.attention(*(t.contiguous() for t in (q, k, v)), [1, 2], 40, 4, 0.125)
-    assert far[0].equal(packed[0]) and far[1].equal(packed[1])
+    check((odd(4), odd(2), odd(2), [1, 2], 40, 4, 0.125), {})
 
 
 @pytest.mark.parametrize("dtype", CUDA_TYPES)

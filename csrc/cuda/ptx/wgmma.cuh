@@ -118,18 +118,18 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[kN / 2], const uint32_t (&
 /// d[64, kN] += a[64, 16] b[16, kN]: a in registers as in mma_m16n8k16, 16 rows a warp; b in shared
 /// memory with contiguous columns.
 template <typename T, int kN>
-__device__ __forceinline__ void wgmma_columns(float (&d)[kN / 2], uint32_t a0, uint32_t a1,
-                                              uint32_t a2, uint32_t a3, uint64_t b) {
+__device__ __forceinline__ void wgmma_columns(float (&d)[kN / 2], const uint32_t (&a)[4],
+                                              uint64_t b) {
   static_assert(kN == 64 || kN == 128 || kN == 256);
   if constexpr (kN == 64) {
-    RTPURBO_WGMMA_TYPES("m64n64k16", 32, ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n", "r"(a0),
-                        "r"(a1), "r"(a2), "r"(a3), "l"(b));
+    RTPURBO_WGMMA_TYPES("m64n64k16", 32, ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n", "r"(a[0]),
+                        "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   } else if constexpr (kN == 128) {
-    RTPURBO_WGMMA_TYPES("m64n128k16", 64, ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n", "r"(a0),
-                        "r"(a1), "r"(a2), "r"(a3), "l"(b));
+    RTPURBO_WGMMA_TYPES("m64n128k16", 64, ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n", "r"(a[0]),
+                        "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   } else {
     RTPURBO_WGMMA_TYPES("m64n256k16", 128, ", {%128, %129, %130, %131}, %132, 1, 1, 1, 1;\n",
-                        "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+                        "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 }
 

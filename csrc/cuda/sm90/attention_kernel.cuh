@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "csrc/cuda/ptx/setmaxnreg.cuh"
 #include "csrc/cuda/sm90/attention_consumer.cuh"
 #include "csrc/cuda/sm90/attention_producer.cuh"
 
@@ -36,15 +37,12 @@ __global__ __launch_bounds__(kBlockThreads, 1) void attention_kernel(
     }
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    const int thread = threadIdx.x % kWarpgroup;
-    const int lane = thread % 32;
-    Consumer<T, kDim, kValues> consumer{
-        .params = params,
-        .shared = shared,
-        .factor = params.scale * kLog2E,
-        .warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1,
-        .lane = lane,
-        .row = static_cast<int>(threadIdx.x - kWarpgroup) / 32 * 16 + lane / 4};
+    const int warp = threadIdx.x / 32 - kWarpgroup / 32;
+    Consumer<T, kDim, kValues> consumer{.params = params,
+                                        .shared = shared,
+                                        .factor = params.scale * kLog2E,
+                                        .warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1,
+                                        .row = warp * 16 + static_cast<int>(threadIdx.x) % 32 / 4};
     consumer.run();
   }
 }

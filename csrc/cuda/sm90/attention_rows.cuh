@@ -1,0 +1,129 @@
+#pragma once
+// A thread's two rows of a tile: their online softmax and their part of the output. In an array of
+// scores or outputs element 4 j + 2 h + e is row h, column 8 j + 2 (lane % 4) + e.
+
+#include "csrc/cuda/head_rows.cuh"
+#include "csrc/cuda/ptx/mma.cuh"
+#include "csrc/cuda/sm90/attention_shared.cuh"
+#include "csrc/cuda/softmax.cuh"
+
+namespace rtpurbo::cuda::sm90 {
+
+/// Hides scores of keys that a row does not see; `m` is the position of the first row.
+template <int kWidth>
+__device__ __forceinline__ void mask(float (&scores)[kWidth / 2],
+                                     const KeyBlock<kWidth / kBoxRows>& block, int m) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int low = block.first_seen(m + 8 * h);
+    const uint32_t length = max(0, block.last_seen(m + 8 * h) + 1 - low);
+#pragma unroll
+    for (int j = 0; j < kWidth / 8; ++j) {
+      const int from_low = block.begin[j / 8] + j % 8 * 8 + column - low;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (static_cast<uint32_t>(from_low + e) >= length) scores[4 * j + 2 * h + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+/// Of four lanes, lane i gets the words i of all.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + step], step);
+      words[i] = upper ? other : words[i];
+      words[i + step] = upper ? words[i + step] : other;
+    }
+  }
+}
+
+template <typename T, int kDim>
+struct Rows {
+  float out[kDim / 2];
+  float maximum[2];
+  float sum[2];  // of this thread's columns only
+  float decay[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& value : out) value = 0.0f;
+    maximum[0] = maximum[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  /// Turns scores into weights and finds by what the output so far decays.
+  template <int kSize>
+  __device__ __forceinline__ void soften(float (&scores)[kSize], float factor) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = maximum[h];
+#pragma unroll
+      for (int i = 2 * h; i < kSize; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float shift = softmax_shift(top) * factor;
+      decay[h] = fast_exp2(maximum[h] * factor - shift);
+      maximum[h] = top;
+      sum[h] *= decay[h];
+#pragma unroll
+      for (int i = 2 * h; i < kSize; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          scores[i + e] = fast_exp2(fmaf(scores[i + e], factor, -shift));
+          sum[h] += scores[i + e];
+        }
+      }
+    }
+  }
+
+  /// Once nothing is being added to the output.
+  __device__ __forceinline__ void decay_out() {
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) out[i] *= decay[i / 2 % 2];
+  }
+
+  /// `row` is the first row in the tile.
+  template <bool kValues, typename Work>
+  __device__ __forceinline__ void store(const AttentionParams& params, const Work& work, int row) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[h];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      const int64_t r = work.row + row + 8 * h;
+      const bool real = row + 8 * h < work.height;
+      if (real && lane % 4 == 0) {
+        params.lse_ptr[(work.batch * params.lse_heads + work.job.lse_head) * params.rows + r] =
+            SoftmaxSum{maximum[h], total}.lse(params.scale);
+      }
+      if constexpr (kValues) {
+        T* to = head_rows<T>(params.out, work.batch, work.job.head) + r * params.out.row_stride;
+        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
+        for (int j = 0; j < kDim / 8; j += 4) {
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int first = 4 * (j + i) + 2 * h;
+            words[i] = ptx::pack_pair<T>(out[first] * inverse, out[first + 1] * inverse);
+          }
+          transpose_quad(words);
+          const int column = 8 * (j + lane % 4);
+          if (real && column < params.dim) {
+            *reinterpret_cast<uint4*>(to + column) = {words[0], words[1], words[2], words[3]};
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace rtpurbo::cuda::sm90
