@@ -6,6 +6,7 @@ blocks for every head. Rates count the FLOPs of the mask. Times are of graph rep
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def prefill_cuda() -> Iterator[Case]:
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
 
-        def attend(heads: list[int], **lists: Tensor) -> Run:
+        def attend(heads: list[int], **lists: Any) -> Run:
             return lambda: ops.attention(q, k, v, heads, WINDOW, SINKS, SCALE, **lists)  # noqa: B023
 
         def dense(backend: SDPBackend) -> Tensor:

@@ -97,10 +97,9 @@ def test_graph_capture_replays(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("dtype", CUDA_TYPES)
-def test_misaligned_views_equal_aligned_ones(dtype: torch.dtype, rows: int) -> None:
-    q, k = (torch.randn(2, 2, n, 69).to(dtype).cuda()[..., 3:-2] for n in (rows, 500))
-    call = ([0, 1], [1, 0], 300, 4, 0.125)
-    assert ops.near_lse(q, k, *call).equal(ops.near_lse(q.contiguous(), k.contiguous(), *call))
+def test_misaligned_views_match_the_reference(dtype: torch.dtype, rows: int) -> None:
+    q, k = (torch.randn(2, 2, n, 69).to(dtype)[..., 3:-2] for n in (rows, 500))
+    check((q, k, [0, 1], [1, 0], 300, 4, 0.125))
 
 
 def test_empty() -> None:

@@ -17,8 +17,9 @@ namespace rtpurbo::cuda::ptx {
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared, uint32_t panel_bytes) {
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return (shared_address(shared) >> 4) | uint64_t{panel_bytes >> 4} << 16 | kEightRows |
-         kSwizzle128;
+  // All lanes have the same; ptxas keeps what comes from one lane in uniform registers.
+  const uint32_t start = __shfl_sync(~0u, shared_address(shared) >> 4, 0);
+  return start | uint64_t{panel_bytes >> 4} << 16 | kEightRows | kSwizzle128;
 }
 
 /// Orders this warp's register accesses before the wgmma that follow.

@@ -5,13 +5,14 @@
 #include "csrc/cuda/sm90/attention.h"
 #include "csrc/cuda/sm90/attention_maps.h"
 #include "csrc/cuda/sm90/tensor_map.h"
+#include "csrc/cuda/sm90/work_queue.h"
 
 namespace rtpurbo::cuda::sm90 {
 
 // Each is instantiated in a file of its own, in instances/.
 template <typename T, int kDim>
-cudaError_t launch_attention(const AttentionParams& params, const AttentionMaps& maps, int blocks,
-                             cudaStream_t stream);
+cudaError_t launch_attention(const AttentionParams& params, const AttentionMaps& maps,
+                             const WorkQueue& queue, int blocks, cudaStream_t stream);
 
 namespace {
 
@@ -64,11 +65,41 @@ bool encode_maps(AttentionMaps& maps, const AttentionParams& params) {
          encode(maps.v_local, params.v_local, local_heads, params.local_keys);
 }
 
+int64_t tiles_of(const AttentionParams& params) {
+  return (int64_t{params.rows} + kTileRows - 1) / kTileRows;
+}
+
+/// Heads that run together so that their keys and values stay in L2; those of a kv head are
+/// adjacent.
+uint32_t heads_of_section(const AttentionParams& params) {
+  const int64_t heads = params.heads.retrieval;
+  int64_t kv_heads = 0;
+  for (int i = 0; i < heads; ++i) {
+    kv_heads += i == 0 || params.heads.jobs[i].kv_head != params.heads.jobs[i - 1].kv_head;
+  }
+  // Half of it, as each half of L2 keeps copies of what the other holds.
+  const int64_t fit = device_attribute(cudaDevAttrL2CacheSize) / 2 /
+                      std::max<int64_t>(1, int64_t{params.keys} * params.dim * 4);
+  const int64_t together = std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, kv_heads));
+  return kv_heads == 0 ? 1 : static_cast<uint32_t>((heads * together + kv_heads - 1) / kv_heads);
+}
+
+WorkQueue work_queue(const AttentionParams& params) {
+  const int64_t tiles = tiles_of(params);
+  const auto retrieval = static_cast<uint32_t>(params.heads.retrieval);
+  const auto near = static_cast<uint32_t>(params.heads.near);
+  return {.retrieval = {0, retrieval, heads_of_section(params)},
+          .near = {retrieval, near, near},
+          .retrieval_items = static_cast<uint32_t>(params.batch * retrieval * tiles),
+          .items = static_cast<uint32_t>(params.batch * (retrieval + near) * tiles),
+          .tiles = static_cast<uint32_t>(tiles)};
+}
+
 }  // namespace
 
 bool takes_attention(const AttentionParams& params) {
-  const int64_t tiles = (params.rows + kTileRows - 1) / kTileRows;
-  const int64_t items = params.batch * (params.heads.retrieval + params.heads.near) * tiles;
+  const int64_t heads = params.heads.retrieval + params.heads.near;
+  const int64_t items = params.batch * heads * tiles_of(params);
   return params.type != ElementType::kFloat32 && params.dim <= kMaxHeadDim && params.ticket_ptr &&
          rows_are_aligned(params) && rows_are_aligned(params.out, 2) && items < kMaxItems &&
          takes_lists(params) && is_sm90();
@@ -77,15 +108,18 @@ bool takes_attention(const AttentionParams& params) {
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {
   AttentionMaps maps;
   if (!encode_maps(maps, params)) return cudaErrorNotSupported;
-  const int blocks = device_attribute(cudaDevAttrMultiProcessorCount);
+  const WorkQueue queue = work_queue(params);
+  if (queue.items == 0) return cudaSuccess;
+  const int blocks = static_cast<int>(std::min<int64_t>(
+      queue.items, std::max(1, device_attribute(cudaDevAttrMultiProcessorCount))));
   return dispatch_element(params.type, [&](auto element) {
     using T = decltype(element);
     if constexpr (std::is_same_v<T, float>) {
       return cudaErrorNotSupported;
     } else {
-      if (params.dim <= 64) return launch_attention<T, 64>(params, maps, blocks, stream);
-      if (params.dim <= 128) return launch_attention<T, 128>(params, maps, blocks, stream);
-      return launch_attention<T, 256>(params, maps, blocks, stream);
+      if (params.dim <= 64) return launch_attention<T, 64>(params, maps, queue, blocks, stream);
+      if (params.dim <= 128) return launch_attention<T, 128>(params, maps, queue, blocks, stream);
+      return launch_attention<T, 256>(params, maps, queue, blocks, stream);
     }
   });
 }

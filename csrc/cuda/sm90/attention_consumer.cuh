@@ -25,7 +25,7 @@ struct Consumer {
   Place stage;
 
   // In registers only at 128: more do not fit at 256, and at 64 ptxas then serialises the products.
-  Queries<kDim, kValues && kDim == 128> queries;
+  Queries<kDim, kValues && kDim <= 128> queries;
   float scores[kKeys / 2];
   uint32_t weights[kKeys / kStep][4];
   Rows<T, kDim> rows;
@@ -123,45 +123,44 @@ struct Consumer {
     }
   }
 
-  /// `count` blocks that all rows see whole.
-  __device__ __forceinline__ void full_steps(int count) {
+  /// `count` blocks that all rows see whole; the log-sum-exp alone needs only their scores.
+  __device__ __forceinline__ void score_full(int count) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      find_scores<kKeys>(0);
+      rows.soften(scores, factor);
+    }
+  }
+
+  /// The same with values: the weights of a block wait until the scores of the next are on the way.
+  __device__ __forceinline__ void attend_full(int count) {
     find_scores<kKeys>(0);
     rows.soften(scores, factor);
-    if constexpr (kValues) {
-      rows.decay_out();
-      pack_weights<kKeys>();
-    }
+    rows.decay_out();
+    pack_weights<kKeys>();
 #pragma unroll 1
     for (int i = 1; i < count; ++i) {
-      if constexpr (!kValues) {
-        find_scores<kKeys>(0);
-        rows.soften(scores, factor);
-      } else {
-        const Place keys = await_stage();
-        await_turn();
-        multiply_keys<T, kKeys>(scores, queries, shared.stages[keys.index], kPanelBytes);
-        const Place values = await_stage();
-        multiply_values<T, kKeys, kDim>(rows.out, weights, shared.stages[values.index],
-                                        kPanelBytes);
-        pass_turn();
-        ptx::wgmma_wait<1>();
-        ptx::pin(scores);
-        release(keys);
-        rows.soften(scores, factor);
-        ptx::wgmma_wait<0>();
-        ptx::pin(rows.out);
-        release(values);
-        rows.decay_out();
-        pack_weights<kKeys>();
-      }
-    }
-    if constexpr (kValues) {
+      const Place keys = await_stage();
+      await_turn();
+      multiply_keys<T, kKeys>(scores, queries, shared.stages[keys.index], kPanelBytes);
       const Place values = await_stage();
       multiply_values<T, kKeys, kDim>(rows.out, weights, shared.stages[values.index], kPanelBytes);
+      pass_turn();
+      ptx::wgmma_wait<1>();
+      ptx::pin(scores);
+      release(keys);
+      rows.soften(scores, factor);
       ptx::wgmma_wait<0>();
       ptx::pin(rows.out);
       release(values);
+      rows.decay_out();
+      pack_weights<kKeys>();
     }
+    const Place values = await_stage();
+    multiply_values<T, kKeys, kDim>(rows.out, weights, shared.stages[values.index], kPanelBytes);
+    ptx::wgmma_wait<0>();
+    ptx::pin(rows.out);
+    release(values);
   }
 
   __device__ __forceinline__ void run() {
@@ -178,7 +177,11 @@ struct Consumer {
       const int total = work.blocks.total;
 #pragma unroll 1
       for (int i = 0; i < masked; ++i) masked_step(work.blocks.at(i), work.position);
-      if (masked < total) full_steps(total - masked);
+      if constexpr (!kValues) {
+        score_full(total - masked);
+      } else if (masked < total) {
+        attend_full(total - masked);
+      }
       rows.template store<kValues>(params, work, row);
       __syncwarp();
       if (threadIdx.x % 32 == 0) shared.queries_empty[tile.index].arrive();

@@ -2,8 +2,6 @@
 // The kernel of attention on sm_90: a warpgroup that copies, two that compute, until the queue of
 // row tiles is empty.
 
-#include <algorithm>
-
 #include "csrc/cuda/ptx/setmaxnreg.cuh"
 #include "csrc/cuda/sm90/attention_consumer.cuh"
 #include "csrc/cuda/sm90/attention_producer.cuh"
@@ -48,8 +46,8 @@ __global__ __launch_bounds__(kBlockThreads, 1) void attention_kernel(
 }
 
 template <typename T, int kDim, bool kValues>
-cudaError_t launch(const AttentionParams& params, const AttentionMaps& maps, int blocks,
-                   cudaStream_t stream) {
+cudaError_t launch(const AttentionParams& params, const AttentionMaps& maps, const WorkQueue& queue,
+                   int blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kDim>) + alignof(Shared<kDim>);
   static_assert(kBytes <= 227 * 1024);
   const auto kernel = attention_kernel<T, kDim, kValues>;
@@ -58,28 +56,20 @@ cudaError_t launch(const AttentionParams& params, const AttentionMaps& maps, int
       error != cudaSuccess) {
     return error;
   }
-  const int64_t tiles = (int64_t{params.rows} + kTileRows - 1) / kTileRows;
-  const int64_t retrieval = params.batch * params.heads.retrieval * tiles;
-  const int64_t items = retrieval + params.batch * params.heads.near * tiles;
-  const WorkQueue queue{.retrieval_items = static_cast<uint32_t>(retrieval),
-                        .items = static_cast<uint32_t>(items),
-                        .tiles = static_cast<int32_t>(tiles)};
-  if (items == 0) return cudaSuccess;
   if (const cudaError_t error =
           cudaMemsetAsync(params.ticket_ptr, 0, sizeof(*params.ticket_ptr), stream);
       error != cudaSuccess) {
     return error;
   }
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(items, blocks));
-  kernel<<<grid, kBlockThreads, kBytes, stream>>>(params, maps, queue);
+  kernel<<<blocks, kBlockThreads, kBytes, stream>>>(params, maps, queue);
   return cudaGetLastError();
 }
 
 template <typename T, int kDim>
-cudaError_t launch_attention(const AttentionParams& params, const AttentionMaps& maps, int blocks,
-                             cudaStream_t stream) {
-  return params.out.ptr ? launch<T, kDim, true>(params, maps, blocks, stream)
-                        : launch<T, kDim, false>(params, maps, blocks, stream);
+cudaError_t launch_attention(const AttentionParams& params, const AttentionMaps& maps,
+                             const WorkQueue& queue, int blocks, cudaStream_t stream) {
+  return params.out.ptr ? launch<T, kDim, true>(params, maps, queue, blocks, stream)
+                        : launch<T, kDim, false>(params, maps, queue, blocks, stream);
 }
 
 }  // namespace rtpurbo::cuda::sm90

@@ -5,16 +5,9 @@
 #include "csrc/cuda/ptx/tma.cuh"
 #include "csrc/cuda/sm90/attention_maps.h"
 #include "csrc/cuda/sm90/attention_shared.cuh"
+#include "csrc/cuda/sm90/work_queue.h"
 
 namespace rtpurbo::cuda::sm90 {
-
-/// Items are row tiles, the longest first: those of retrieval heads, the last rows first, then
-/// near.
-struct WorkQueue {
-  uint32_t retrieval_items;
-  uint32_t items;
-  int32_t tiles;  // per head
-};
 
 /// Fills in work in shared memory; the thread has few registers.
 template <int kKeys>
@@ -26,15 +19,17 @@ __device__ void find_work(const AttentionParams& params, const WorkQueue& queue,
   }
   const bool near = item >= queue.retrieval_items;
   if (near) item -= queue.retrieval_items;
-  const uint32_t heads = near ? params.heads.near : params.heads.retrieval;
-  const uint32_t slot = item % heads + (near ? params.heads.retrieval : 0);
-  item /= heads;
-  const uint32_t batch = static_cast<uint32_t>(params.batch);
-  const int tile = queue.tiles - 1 - static_cast<int>(item / batch);
+  const WorkQueue::Role& role = near ? queue.near : queue.retrieval;
+  const uint32_t batch = item / (role.heads * queue.tiles);
+  item %= role.heads * queue.tiles;
+  const uint32_t first = item / (role.section * queue.tiles) * role.section;
+  item %= role.section * queue.tiles;
+  const uint32_t heads = min(role.section, role.heads - first);
+  const HeadJob& job = params.heads.jobs[role.first_job + first + item % heads];
+  const int tile = static_cast<int>(queue.tiles - 1 - item / heads);
 
-  const HeadJob& job = params.heads.jobs[slot];
   work.job = job;
-  work.batch = static_cast<int>(item % batch);
+  work.batch = static_cast<int>(batch);
   work.row = tile * kTileRows;
   work.height = min(kTileRows, params.rows - work.row);
   work.position = work.row + (job.from_local ? params.local_keys : params.keys) - params.rows;

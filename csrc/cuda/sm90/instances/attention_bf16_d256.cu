@@ -3,6 +3,7 @@
 namespace rtpurbo::cuda::sm90 {
 
 template cudaError_t launch_attention<__nv_bfloat16, 256>(const AttentionParams&,
-                                                          const AttentionMaps&, int, cudaStream_t);
+                                                          const AttentionMaps&, const WorkQueue&,
+                                                          int, cudaStream_t);
 
 }  // namespace rtpurbo::cuda::sm90

@@ -3,6 +3,6 @@
 namespace rtpurbo::cuda::sm90 {
 
 template cudaError_t launch_attention<__half, 256>(const AttentionParams&, const AttentionMaps&,
-                                                   int, cudaStream_t);
+                                                   const WorkQueue&, int, cudaStream_t);
 
 }  // namespace rtpurbo::cuda::sm90

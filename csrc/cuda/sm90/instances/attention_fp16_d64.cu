@@ -2,7 +2,7 @@
 
 namespace rtpurbo::cuda::sm90 {
 
-template cudaError_t launch_attention<__half, 64>(const AttentionParams&, const AttentionMaps&, int,
-                                                  cudaStream_t);
+template cudaError_t launch_attention<__half, 64>(const AttentionParams&, const AttentionMaps&,
+                                                  const WorkQueue&, int, cudaStream_t);
 
 }  // namespace rtpurbo::cuda::sm90
