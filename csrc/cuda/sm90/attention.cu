@@ -17,8 +17,6 @@ cudaError_t launch_attention(const AttentionParams& params, const AttentionMaps&
 namespace {
 
 constexpr int64_t kMaxItems = int64_t{1} << 31;
-constexpr int64_t kTileRows = 128;
-constexpr int64_t kBlockKeys = 64;
 
 int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
@@ -38,8 +36,8 @@ bool takes_lists(const AttentionParams& params) {
   if (!params.block_indices_ptr) return true;
   const bool tiles =
       params.tile == kTileRows || (params.tile >= params.rows && params.rows <= kTileRows);
-  const bool blocks = params.block_size == kBlockKeys ||
-                      (params.block_size >= params.keys && params.keys <= kBlockKeys);
+  const bool blocks = params.block_size == kBoxRows ||
+                      (params.block_size >= params.keys && params.keys <= kBoxRows);
   return tiles && blocks;
 }
 

@@ -24,7 +24,7 @@ struct Consumer {
   const int row;  // the first of the thread's two rows in the tile; the other is 8 below
   Place stage;
 
-  // In registers only at 128: more do not fit at 256, and at 64 ptxas then serialises the products.
+  // At 256 they do not fit into registers; without values ptxas serialises such products (C7511).
   Queries<kDim, kValues && kDim <= 128> queries;
   float scores[kKeys / 2];
   uint32_t weights[kKeys / kStep][4];

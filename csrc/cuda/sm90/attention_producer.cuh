@@ -1,6 +1,6 @@
 #pragma once
-// One thread takes row tiles off the queue and starts all copies. Per tile K and V come in the
-// order in which consume_tile needs them.
+// One thread takes row tiles off the queue and starts all copies, in the order in which the
+// consumers need them: K and V of each masked block; then K of a block before V of the last.
 
 #include "csrc/cuda/ptx/tma.cuh"
 #include "csrc/cuda/sm90/attention_maps.h"

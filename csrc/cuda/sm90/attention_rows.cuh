@@ -90,8 +90,9 @@ struct Rows {
   }
 
   /// `row` is the first row in the tile.
-  template <bool kValues, typename Work>
-  __device__ __forceinline__ void store(const AttentionParams& params, const Work& work, int row) {
+  template <bool kValues, int kKeys>
+  __device__ __forceinline__ void store(const AttentionParams& params, const Work<kKeys>& work,
+                                        int row) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -7,10 +7,9 @@
 #include "csrc/cuda/attention.h"
 #include "csrc/cuda/attention_tile.cuh"
 #include "csrc/cuda/sm90/tensor_map.h"
+#include "csrc/cuda/sm90/work_queue.h"
 
 namespace rtpurbo::cuda::sm90 {
-
-inline constexpr int kTileRows = 128;
 
 /// Begin of a box without keys: beyond every tensor, and after every row.
 inline constexpr int kNoKeys = (1 << 30) + 256;

@@ -5,6 +5,9 @@
 
 namespace rtpurbo::cuda::sm90 {
 
+/// Rows of a query head that a block works on together.
+inline constexpr int kTileRows = 128;
+
 /// The order of the row tiles of all heads: those of retrieval heads, then of near ones; by
 /// sequence, by section of as many heads as have keys and values that fit in L2 together, the
 /// longest first.
