@@ -4,22 +4,29 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "csrc/cpu/select_tiles.h"
 #include "csrc/ops/common/index.h"
+#ifdef RTPURBO_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+
+#include "csrc/cuda/select.h"
+#include "csrc/cuda/select_tiles.h"
+#include "csrc/ops/common/cuda_arguments.h"
+#include "csrc/ops/common/cuda_check.h"
+#endif
 
 namespace rtpurbo {
 namespace {
 
+constexpr const char* kOp = "select_tiles";
+
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
 
-Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
-                        at::IntArrayRef index_map, const at::Tensor& threshold, int64_t window,
-                        int64_t sinks, int64_t min_blocks, int64_t tile, int64_t block_size,
-                        const MaybeTensor& near_lse, const MaybeTensor& offset,
-                        const MaybeTensor& start, int64_t capacity, std::string_view rank,
-                        const MaybeTensor& codes, const MaybeTensor& ranges) {
-  constexpr const char* kOp = "select_tiles";
+void check_tiles(int64_t min_blocks, int64_t tile, int64_t block_size, int64_t capacity,
+                 std::string_view rank) {
   TORCH_CHECK_VALUE(min_blocks >= 0, "rtpurbo::select_tiles: min_blocks must be >= 0, got ",
                     min_blocks);
   TORCH_CHECK_VALUE(tile >= 1, "rtpurbo::select_tiles: tile must be >= 1, got ", tile);
@@ -28,17 +35,35 @@ Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
   TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select_tiles: capacity must be >= 0, got ", capacity);
   TORCH_CHECK_VALUE(rank == "sum" || rank == "max",
                     "rtpurbo::select_tiles: rank must be 'sum' or 'max', got '", rank, "'");
+}
+
+int64_t tile_count(const at::Tensor& q_index, int64_t tile) {
+  return q_index.size(2) / tile + (q_index.size(2) % tile != 0);
+}
+
+Result allocate(const at::Tensor& q_index, int64_t tiles, int64_t room, at::ScalarType mass_type) {
+  const auto ints = q_index.options().dtype(at::kInt);
+  const at::Tensor counts = at::empty({q_index.size(0), q_index.size(1), tiles}, ints);
+  return {at::empty({q_index.size(0), q_index.size(1), tiles, room}, ints), counts,
+          at::empty(counts.sizes(), q_index.options().dtype(mass_type))};
+}
+
+Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
+                        at::IntArrayRef index_map, const at::Tensor& threshold, int64_t window,
+                        int64_t sinks, int64_t min_blocks, int64_t tile, int64_t block_size,
+                        const MaybeTensor& near_lse, const MaybeTensor& offset,
+                        const MaybeTensor& start, int64_t capacity, std::string_view rank,
+                        const MaybeTensor& codes, const MaybeTensor& ranges) {
+  check_tiles(min_blocks, tile, block_size, capacity, rank);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
                                  near_lse, offset, start, {codes, ranges});
   const at::ScalarType accum = arguments.params().accum;
   const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, accum);
 
-  const int64_t tiles = (q_index.size(2) + tile - 1) / tile;
+  const int64_t tiles = tile_count(q_index, tile);
   const int64_t room = arguments.room(capacity);
-  const auto ints = q_index.options().dtype(at::kInt);
-  const at::Tensor indices = at::empty({q_index.size(0), q_index.size(1), tiles, room}, ints);
-  const at::Tensor counts = at::empty({q_index.size(0), q_index.size(1), tiles}, ints);
-  const at::Tensor mass = at::empty(counts.sizes(), q_index.options().dtype(accum));
+  const Result result = allocate(q_index, tiles, room, accum);
+  const auto& [indices, counts, mass] = result;
   cpu::select_tiles_kernel({.index = arguments.params(),
                             .threshold_ptr = thresholds.const_data_ptr(),
                             .indices_ptr = indices.mutable_data_ptr<int32_t>(),
@@ -49,8 +74,77 @@ Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
                             .min_blocks = min_blocks,
                             .tile = tile,
                             .rank_by_max = rank == "max"});
-  return {indices, counts, mass};
+  return result;
 }
+
+#ifdef RTPURBO_WITH_CUDA
+void check_supported(const at::Tensor& q_index, const at::Tensor& k_index, int64_t tile,
+                     const MaybeTensor& codes) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!codes,
+                              "rtpurbo::select_tiles: 4- and 8-bit index keys have no CUDA kernel "
+                              "yet; use RTPurboConfig(index_bits=16) or run on the CPU "
+                              "(model.to('cpu'))");
+  cuda::check_not_double(kOp, "q_index", q_index.scalar_type());
+  cuda::check_not_double(kOp, "k_index", k_index.scalar_type());
+  TORCH_CHECK_VALUE(q_index.size(3) <= cuda::kMaxIndexDim,
+                    "rtpurbo::select_tiles: q_index on CUDA must have an index dim r <= ",
+                    cuda::kMaxIndexDim, ", got ", q_index.size(3));
+  TORCH_CHECK_VALUE(std::min(tile, q_index.size(2)) <= cuda::kMaxTile,
+                    "rtpurbo::select_tiles: tile on CUDA must be <= ", cuda::kMaxTile, ", got ",
+                    tile);
+}
+
+Result select_tiles_cuda(const at::Tensor& q_index, const at::Tensor& k_index,
+                         at::IntArrayRef index_map, const at::Tensor& threshold, int64_t window,
+                         int64_t sinks, int64_t min_blocks, int64_t tile, int64_t block_size,
+                         const MaybeTensor& near_lse, const MaybeTensor& offset,
+                         const MaybeTensor& start, int64_t capacity, std::string_view rank,
+                         const MaybeTensor& codes, const MaybeTensor& ranges) {
+  check_tiles(min_blocks, tile, block_size, capacity, rank);
+  const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
+                                 near_lse, offset, start, {codes, ranges});
+  const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, at::kFloat);
+  check_supported(q_index, k_index, tile, codes);
+  const cpu::IndexParams& in = arguments.params();
+  const int64_t tiles = tile_count(q_index, tile);
+  const int64_t room = arguments.room(capacity);
+  const Result result = allocate(q_index, tiles, room, at::kFloat);
+  const auto& [indices, counts, mass] = result;
+  if (counts.numel() == 0) return result;
+  const c10::cuda::CUDAGuard guard(q_index.device());
+  const cuda::SelectTilesParams params{.q_type = cuda::element_type(in.q_dtype),
+                                       .k_type = cuda::element_type(in.k_dtype),
+                                       .q_index = in.q_index,
+                                       .k_index = in.k_index,
+                                       .index_map = cuda::head_list(kOp, "index_map", index_map),
+                                       .near_lse_ptr = static_cast<const float*>(in.near_lse_ptr),
+                                       .offset_ptr = static_cast<const float*>(in.offset_ptr),
+                                       .start_ptr = in.start_ptr,
+                                       .threshold_ptr = thresholds.const_data_ptr<float>(),
+                                       .indices_ptr = indices.mutable_data_ptr<int32_t>(),
+                                       .counts_ptr = counts.mutable_data_ptr<int32_t>(),
+                                       .mass_ptr = mass.mutable_data_ptr<float>(),
+                                       .batch = in.batch,
+                                       .heads = in.heads,
+                                       .rows = in.rows,
+                                       .keys = in.keys,
+                                       .dim = in.dim,
+                                       .window = in.window,
+                                       .sinks = in.sinks,
+                                       .all_tiles = tiles,
+                                       .tile = tile,
+                                       .block_size = block_size,
+                                       .capacity = room,
+                                       .min_blocks = min_blocks,
+                                       .rank_by_max = rank == "max"};
+  const at::Tensor workspace =
+      at::empty({static_cast<int64_t>(cuda::select_tiles_workspace(params))},
+                q_index.options().dtype(at::kByte));
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_select_tiles(params, workspace.mutable_data_ptr(),
+                                                    c10::cuda::getCurrentCUDAStream()));
+  return result;
+}
+#endif
 
 }  // namespace
 
@@ -75,5 +169,8 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       " -> (Tensor block_indices, Tensor block_counts, Tensor mass)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("select_tiles", &select_tiles_cpu); }
+#ifdef RTPURBO_WITH_CUDA
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) { m.impl("select_tiles", &select_tiles_cuda); }
+#endif
 
 }  // namespace rtpurbo

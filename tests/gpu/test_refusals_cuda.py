@@ -35,18 +35,11 @@ def test_index_project_backward():
         q_index.sum().backward()
 
 
-def test_select_tiles():
-    for sample in select_tiles_samples(torch.float32):
+def test_quantised_index_keys():
+    selecting = (*select_samples(torch.float32), *select_tiles_samples(torch.float32))
+    coded = [s for s in selecting if "codes" in s.arguments]
+    for sample in coded:
         with pytest.raises(
-            NotImplementedError, match=r"rtpurbo::select_tiles: no CUDA kernel yet; use .*'dense'"
+            NotImplementedError, match=rf"{sample.op}: 4- and 8-bit .* use .*index_bits=16"
         ):
-            ops.select_tiles(**on_cuda(sample))
-
-
-def test_select_with_quantised_index_keys():
-    for sample in select_samples(torch.float32):
-        if "codes" in sample.arguments:
-            with pytest.raises(
-                NotImplementedError, match=r"rtpurbo::select: 4- and 8-bit .* use .*index_bits=16"
-            ):
-                ops.select(**on_cuda(sample))
+            getattr(ops, sample.op)(**on_cuda(sample))

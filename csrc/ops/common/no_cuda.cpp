@@ -12,12 +12,6 @@ void train_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
                               ": no CUDA kernel yet; train the index on the CPU (model.to('cpu'))");
 }
-
-void prefill_densely(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
-                              ": no CUDA kernel yet; use RTPurboConfig(prefill='dense') or run on "
-                              "the CPU (model.to('cpu'))");
-}
 #else
 void rebuild(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -34,7 +28,6 @@ TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) {
   for (const char* op : {"index_kl", "index_project_backward"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&train_on_the_cpu>());
   }
-  m.impl("select_tiles", torch::CppFunction::makeFromBoxedFunction<&prefill_densely>());
 #else
   for (const char* op :
        {"attention", "attention_backward", "cache_append", "cache_append_index", "cache_unroll",

@@ -1,0 +1,135 @@
+#include <algorithm>
+
+#include "csrc/cuda/alignment.h"
+#include "csrc/cuda/integers.h"
+#include "csrc/cuda/select_tiles.h"
+#include "csrc/cuda/select_tiles/choose.cuh"
+#include "csrc/cuda/select_tiles/mma_scores.cuh"
+#include "csrc/cuda/select_tiles/plain_scores.cuh"
+#include "csrc/cuda/select_tiles/pool.cuh"
+#include "csrc/cuda/select_tiles/totals.cuh"
+
+namespace rtpurbo::cuda {
+namespace {
+
+using tiles::Workspace;
+
+constexpr int64_t kMassesAtOnce = 1 << 26;  // 256 MiB
+constexpr int64_t kMaxGrid = INT32_MAX;
+
+/// Without block sizes and tiles beyond what there is.
+SelectTilesParams normalised(SelectTilesParams p) {
+  p.block_size = std::min(p.block_size, p.keys);
+  p.tile = std::min(p.tile, p.rows);
+  p.min_blocks = std::min<int64_t>(p.min_blocks, INT32_MAX);
+  return p;
+}
+
+/// All tiles of a few pairs, or a few tiles of one.
+Workspace sizes(const SelectTilesParams& p) {
+  Workspace w{};
+  w.blocks = divide_up(p.keys, p.block_size);
+  w.chunks = divide_up(w.blocks, tiles::kChunk);
+  w.height = round_up(p.tile, 32);
+  const int64_t fitting = std::max<int64_t>(1, kMassesAtOnce / (w.blocks * w.height));
+  w.tiles = std::min(fitting, p.all_tiles);
+  w.pairs = std::min(fitting / w.tiles, p.batch * p.heads);
+  return w;
+}
+
+/// Takes the workspace apart, or with a null base only measures it.
+size_t lay_out(char* base, Workspace& w) {
+  const int64_t slots = w.pairs * w.tiles;
+  size_t offset = 0;
+  const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
+    pointer = reinterpret_cast<T*>(base + offset);
+    offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
+  };
+  take(w.masses, slots * w.blocks * w.height);
+  take(w.far, slots * w.chunks * w.height);
+  take(w.near, slots * w.chunks * w.height);
+  take(w.totals, slots * w.height);
+  take(w.near_lse, slots * w.height);
+  take(w.weights, slots * w.blocks);
+  return offset;
+}
+
+bool suits_tensor_cores(const SelectTilesParams& p) {
+  const auto suits = [](ElementType type, const HeadsView& view) {
+    return type == ElementType::kFloat16 && rows_are_aligned(view, sizeof(uint16_t));
+  };
+  return p.dim == tiles::mma::kDim && p.block_size == tiles::mma::kBlock &&
+         p.keys <= INT32_MAX - tiles::mma::kStep && suits(p.q_type, p.q_index) &&
+         suits(p.k_type, p.k_index);
+}
+
+cudaError_t launch_mma_scores(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
+  const int64_t groups = w.pairs * w.tiles * (w.height / tiles::mma::kRows);
+  const int64_t grid = divide_up(groups, tiles::mma::kWarps) * w.chunks;
+  if (grid > kMaxGrid) return cudaErrorInvalidConfiguration;
+  const bool near = p.near_lse_ptr == nullptr;
+  const auto kernel =
+      p.rank_by_max
+          ? (near ? tiles::mma_scores_kernel<true, true> : tiles::mma_scores_kernel<true, false>)
+          : (near ? tiles::mma_scores_kernel<false, true> : tiles::mma_scores_kernel<false, false>);
+  kernel<<<static_cast<unsigned>(grid), tiles::mma::kThreads, 0, stream>>>(p, w);
+  return cudaGetLastError();
+}
+
+template <typename TK>
+cudaError_t launch_plain_scores(const SelectTilesParams& p, const Workspace& w,
+                                cudaStream_t stream) {
+  const int64_t grid = w.pairs * w.tiles * (w.height / tiles::plain::kRows) * w.chunks;
+  if (grid > kMaxGrid) return cudaErrorInvalidConfiguration;
+  const size_t shared = tiles::plain::shared_bytes(p.dim);
+  const auto kernel = tiles::plain_scores_kernel<TK>;
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared))) {
+    return error;
+  }
+  kernel<<<static_cast<unsigned>(grid), tiles::plain::kThreads, shared, stream>>>(p, w);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_scores(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
+  if (suits_tensor_cores(p)) return launch_mma_scores(p, w, stream);
+  return dispatch_element(
+      p.k_type, [&](auto element) { return launch_plain_scores<decltype(element)>(p, w, stream); });
+}
+
+cudaError_t launch_slots(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
+  if (const cudaError_t error = launch_scores(p, w, stream)) return error;
+  const int64_t slots = w.pairs * w.tiles;
+  const auto grid = [](int64_t blocks) { return static_cast<unsigned>(blocks); };
+  tiles::totals_kernel<<<grid(slots * (w.height / tiles::kTotalsRows)), tiles::kTotalsThreads, 0,
+                         stream>>>(p, w);
+  tiles::pool_kernel<<<grid(slots * divide_up(w.blocks, tiles::kPoolBlocks)), tiles::kPoolThreads,
+                       0, stream>>>(p, w);
+  tiles::choose_kernel<<<grid(slots), tiles::kChooseThreads, 0, stream>>>(p, w);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+size_t select_tiles_workspace(const SelectTilesParams& params) {
+  Workspace w = sizes(normalised(params));
+  return lay_out(nullptr, w);
+}
+
+cudaError_t launch_select_tiles(const SelectTilesParams& params, void* workspace,
+                                cudaStream_t stream) {
+  const SelectTilesParams p = normalised(params);
+  Workspace w = sizes(p);
+  lay_out(static_cast<char*>(workspace), w);
+  const int64_t all_pairs = p.batch * p.heads, pairs = w.pairs, tiles = w.tiles;
+  for (w.first_pair = 0; w.first_pair < all_pairs; w.first_pair += pairs) {
+    w.pairs = std::min(pairs, all_pairs - w.first_pair);
+    for (w.first_tile = 0; w.first_tile < p.all_tiles; w.first_tile += tiles) {
+      w.tiles = std::min(tiles, p.all_tiles - w.first_tile);
+      if (const cudaError_t error = launch_slots(p, w, stream)) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace rtpurbo::cuda

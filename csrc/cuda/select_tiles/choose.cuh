@@ -1,0 +1,166 @@
+#pragma once
+// Stage 4, a thread block a tile: forced blocks, and by decreasing weight as many others as the
+// threshold and the floor ask for. The weight of the last one in is found by bisection over the
+// bits of a float: that takes no sorting and no room.
+
+#include "csrc/cuda/select_tiles/block_reduce.cuh"
+#include "csrc/cuda/select_tiles/problem.cuh"
+
+namespace rtpurbo::cuda::tiles {
+
+constexpr int kChooseThreads = 512;
+
+/// Candidates that are in: those whose weight has bits of at least `least`, and of those with one
+/// bit less the first `ties`.
+struct Cut {
+  uint32_t least;
+  int ties;
+  int count;  // of both
+  float share;
+};
+
+class Chooser {
+ public:
+  using Reduce = BlockReduce<kChooseThreads>;
+
+  __device__ Chooser(const SelectTilesParams& p, const Workspace& w, int64_t slot,
+                     Reduce::Shared& shared)
+      : p_(p),
+        tile_(tile_of(p, w, slot)),
+        visible_(tile_.visible_blocks()),
+        far_(tile_.far_blocks()),
+        candidates_(tile_.candidates()),
+        weights_(w.weights + slot * w.blocks),
+        totals_(w.totals + w.row(slot, 0)),
+        near_lse_(w.near_lse + w.row(slot, 0)),
+        reduce_(shared) {}
+
+  __device__ void run() {
+    const int64_t place = (tile_.batch * p_.heads + tile_.head) * p_.all_tiles + tile_.number;
+    indices_ = p_.indices_ptr + place * p_.capacity;
+    if (tile_.empty()) return finish(place, 0, 0, 1.0f);
+    const float forced_share = forced();
+    const int all = candidates_.end - candidates_.begin;
+    const int forced_count = visible_.end - visible_.begin - all;
+    // NaN or +inf somewhere makes the total of its row NaN, and so the near share.
+    const bool poisoned = forced_share != forced_share;
+    const Cut cut = poisoned ? Cut{0, 0, all, NAN} : find_cut(forced_share);
+    const int count = forced_count + cut.count;
+    const bool fits = count <= p_.capacity;
+    if (fits) emit(cut);
+    finish(place, fits ? count : -1, fits ? count : 0, forced_share + cut.share);
+  }
+
+ private:
+  __device__ float weight(int block) const { return far_.has(block) ? weights_[block] : 0.0f; }
+  __device__ uint32_t bits(int block) const { return __float_as_uint(weight(block)); }
+
+  /// Mean share of the near keys and of the forced blocks' far ones.
+  __device__ float forced() {
+    ShareCount own;
+    for (int i = tile_.first + threadIdx.x; i <= tile_.last; i += kChooseThreads) {
+      own.share += fast_exp2(near_lse_[i] - totals_[i]);
+    }
+    const float near = reduce_.sum(own).share / static_cast<float>(tile_.rows());
+    own = {};
+    for (int b = visible_.begin + threadIdx.x; b < visible_.end; b += kChooseThreads) {
+      if (!candidates_.has(b)) own.share += weight(b);
+    }
+    return near + reduce_.sum(own).share;
+  }
+
+  /// Share and number of the candidates of at least this weight.
+  __device__ ShareCount at_least(uint32_t least) {
+    ShareCount own;
+    for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kChooseThreads) {
+      const uint32_t own_bits = bits(b);
+      if (own_bits < least) continue;
+      own.share += __uint_as_float(own_bits);
+      ++own.count;
+    }
+    return reduce_.sum(own);
+  }
+
+  __device__ Cut find_cut(float forced_share) {
+    const float missing = p_.threshold_ptr[tile_.head] - forced_share;
+    const auto enough = [&](const ShareCount& found) {
+      return found.share >= missing && found.count >= p_.min_blocks;
+    };
+    if (enough({})) return {UINT32_MAX, 0, 0, 0.0f};
+    // Candidates from the bits `in` on suffice, those from `out` on do not.
+    ShareCount found_in = at_least(0), found_out;
+    if (!enough(found_in)) return {0, 0, found_in.count, found_in.share};
+    float largest = 0.0f;
+    for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kChooseThreads) {
+      largest = fmaxf(largest, weight(b));
+    }
+    uint32_t in = 0, out = __float_as_uint(reduce_.largest(largest)) + 1;
+    while (out - in > 1) {
+      const uint32_t middle = in + (out - in) / 2;
+      const ShareCount found = at_least(middle);
+      const bool suffices = enough(found);
+      (suffices ? in : out) = middle;
+      (suffices ? found_in : found_out) = found;
+    }
+    return split_ties(in, found_in, found_out, missing);
+  }
+
+  /// As many of the equal weights with bits `in` as are needed.
+  __device__ Cut split_ties(uint32_t in, const ShareCount& with, const ShareCount& without,
+                            float missing) {
+    const float weight = __uint_as_float(in);
+    const int all = with.count - without.count;
+    float needed = static_cast<float>(p_.min_blocks - without.count);
+    if (without.share < missing) needed = fmaxf(needed, ceilf((missing - without.share) / weight));
+    if (!(needed < static_cast<float>(all))) return {in, 0, with.count, with.share};
+    const int ties = max(1, static_cast<int>(needed));
+    return {in + 1, ties, without.count + ties, without.share + static_cast<float>(ties) * weight};
+  }
+
+  __device__ void emit(const Cut& cut) {
+    int sure = 0, equal = 0;  // of the blocks before
+    for (int first = visible_.begin; first < visible_.end; first += kChooseThreads) {
+      const int b = first + static_cast<int>(threadIdx.x);
+      const bool visible = b < visible_.end;
+      const bool candidate = candidates_.has(b);
+      const bool in = visible && (!candidate || bits(b) >= cut.least);
+      int added;
+      int position = sure + reduce_.rank(in, added);
+      sure += added;
+      bool tie = false;
+      if (cut.ties > 0) {
+        tie = candidate && bits(b) == cut.least - 1;
+        const int ahead = equal + reduce_.rank(tie, added);
+        equal += added;
+        tie = tie && ahead < cut.ties;
+        position += min(ahead, cut.ties);
+      }
+      if (in || tie) indices_[position] = b;
+    }
+  }
+
+  /// -1 behind the list.
+  __device__ void finish(int64_t place, int count, int length, float mass) {
+    for (int64_t i = length + threadIdx.x; i < p_.capacity; i += kChooseThreads) indices_[i] = -1;
+    if (threadIdx.x != 0) return;
+    p_.counts_ptr[place] = count;
+    p_.mass_ptr[place] = mass;
+  }
+
+  const SelectTilesParams& p_;
+  const Tile tile_;
+  const Range visible_, far_, candidates_;
+  const float* weights_;
+  const float* totals_;
+  const float* near_lse_;
+  Reduce reduce_;
+  int32_t* indices_ = nullptr;
+};
+
+__global__ __launch_bounds__(kChooseThreads) void choose_kernel(
+    const __grid_constant__ SelectTilesParams p, const __grid_constant__ Workspace w) {
+  __shared__ Chooser::Reduce::Shared shared;
+  Chooser(p, w, blockIdx.x, shared).run();
+}
+
+}  // namespace rtpurbo::cuda::tiles
