@@ -8,13 +8,18 @@
 #include "csrc/cuda/select_tiles/plain_scores.cuh"
 #include "csrc/cuda/select_tiles/pool.cuh"
 #include "csrc/cuda/select_tiles/totals.cuh"
+#ifdef RTPURBO_WITH_SM90
+#include "csrc/cuda/prefers_portable.h"
+#include "csrc/cuda/sm90/tile_maxima.h"
+#endif
 
 namespace rtpurbo::cuda {
 namespace {
 
 using tiles::Workspace;
 
-constexpr int64_t kMassesAtOnce = 1 << 26;  // 256 MiB
+constexpr int64_t kMassBytesAtOnce = 1 << 29;
+constexpr int64_t kPortableChunk = 64;
 constexpr int64_t kMaxGrid = INT32_MAX;
 
 /// Without block sizes and tiles beyond what there is.
@@ -25,13 +30,47 @@ SelectTilesParams normalised(SelectTilesParams p) {
   return p;
 }
 
+bool suits_tensor_cores(const SelectTilesParams& p) {
+  const auto suits = [](ElementType type, const HeadsView& view) {
+    return type == ElementType::kFloat16 && rows_are_aligned(view, sizeof(uint16_t));
+  };
+  return p.dim == tiles::kDim && p.block_size == tiles::kBlock &&
+         p.keys <= INT32_MAX - tiles::mma::kStep && p.k_index.row_stride == p.dim &&
+         suits(p.q_type, p.q_index) && suits(p.k_type, p.k_index);
+}
+
+/// Whether stage 1 is the one that keeps maxima in fp16.
+bool takes_maxima(const SelectTilesParams& p) {
+#ifdef RTPURBO_WITH_SM90
+  return suits_tensor_cores(p) && !prefers_portable() && sm90::takes_tile_maxima(p);
+#else
+  return false;
+#endif
+}
+
+int64_t chunk_blocks(const Workspace& w) {
+#ifdef RTPURBO_WITH_SM90
+  if (w.halves) return sm90::kMaximaChunk;
+#endif
+  return kPortableChunk;
+}
+
+/// Of one tile.
+int64_t mass_bytes(const Workspace& w) {
+  return w.halves ? w.quads * w.height * static_cast<int64_t>(sizeof(uint2))
+                  : w.blocks * w.height * static_cast<int64_t>(sizeof(float));
+}
+
 /// All tiles of a few pairs, or a few tiles of one.
 Workspace sizes(const SelectTilesParams& p) {
   Workspace w{};
+  w.halves = takes_maxima(p);
   w.blocks = divide_up(p.keys, p.block_size);
-  w.chunks = divide_up(w.blocks, tiles::kChunk);
+  w.quads = divide_up(w.blocks, tiles::kQuad);
+  w.chunk_blocks = chunk_blocks(w);
+  w.chunks = divide_up(w.blocks, w.chunk_blocks);
   w.height = round_up(p.tile, 32);
-  const int64_t fitting = std::max<int64_t>(1, kMassesAtOnce / (w.blocks * w.height));
+  const int64_t fitting = std::max<int64_t>(1, kMassBytesAtOnce / mass_bytes(w));
   w.tiles = std::min(fitting, p.all_tiles);
   w.pairs = std::min(fitting / w.tiles, p.batch * p.heads);
   return w;
@@ -45,22 +84,15 @@ size_t lay_out(char* base, Workspace& w) {
     pointer = reinterpret_cast<T*>(base + offset);
     offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
   };
-  take(w.masses, slots * w.blocks * w.height);
+  uint2* masses;
+  take(masses, divide_up(slots * mass_bytes(w), sizeof(uint2)));
+  w.masses = masses;
   take(w.far, slots * w.chunks * w.height);
   take(w.near, slots * w.chunks * w.height);
   take(w.totals, slots * w.height);
   take(w.near_lse, slots * w.height);
   take(w.weights, slots * w.blocks);
   return offset;
-}
-
-bool suits_tensor_cores(const SelectTilesParams& p) {
-  const auto suits = [](ElementType type, const HeadsView& view) {
-    return type == ElementType::kFloat16 && rows_are_aligned(view, sizeof(uint16_t));
-  };
-  return p.dim == tiles::mma::kDim && p.block_size == tiles::mma::kBlock &&
-         p.keys <= INT32_MAX - tiles::mma::kStep && suits(p.q_type, p.q_index) &&
-         suits(p.k_type, p.k_index);
 }
 
 cudaError_t launch_mma_scores(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
@@ -92,6 +124,9 @@ cudaError_t launch_plain_scores(const SelectTilesParams& p, const Workspace& w,
 }
 
 cudaError_t launch_scores(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
+#ifdef RTPURBO_WITH_SM90
+  if (w.halves) return sm90::launch_tile_maxima(p, w, stream);
+#endif
   if (suits_tensor_cores(p)) return launch_mma_scores(p, w, stream);
   return dispatch_element(
       p.k_type, [&](auto element) { return launch_plain_scores<decltype(element)>(p, w, stream); });
@@ -103,8 +138,12 @@ cudaError_t launch_slots(const SelectTilesParams& p, const Workspace& w, cudaStr
   const auto grid = [](int64_t blocks) { return static_cast<unsigned>(blocks); };
   tiles::totals_kernel<<<grid(slots * (w.height / tiles::kTotalsRows)), tiles::kTotalsThreads, 0,
                          stream>>>(p, w);
-  tiles::pool_kernel<<<grid(slots * divide_up(w.blocks, tiles::kPoolBlocks)), tiles::kPoolThreads,
-                       0, stream>>>(p, w);
+  const bool rows_128 = w.height == 128;
+  const auto pool = w.halves ? tiles::pool_kernel<tiles::Halves, 4>
+                             : (rows_128 ? tiles::pool_kernel<tiles::Floats, 4>
+                                         : tiles::pool_kernel<tiles::Floats, 0>);
+  pool<<<grid(slots * divide_up(w.blocks, tiles::kPoolBlocks)), tiles::kPoolThreads, 0, stream>>>(
+      p, w);
   tiles::choose_kernel<<<grid(slots), tiles::kChooseThreads, 0, stream>>>(p, w);
   return cudaGetLastError();
 }

@@ -18,23 +18,36 @@ class BlockReduce {
   static_assert(kWarps <= 32);
 
  public:
+  static constexpr int kMost = 3;  // sums at a time
+
   struct Shared {
-    ShareCount parts[2][32];
+    ShareCount parts[2][kMost][32];
   };
 
   __device__ explicit BlockReduce(Shared& shared) : shared_(shared) {}
 
-  /// The threads' sum, in every thread.
-  __device__ ShareCount sum(ShareCount own) {
-    return exchange(warp_sum(own), [](ShareCount all) { return warp_sum(all); });
+  /// Replaces each by the threads' sum.
+  template <int kCount>
+  __device__ void sum(ShareCount (&own)[kCount]) {
+    static_assert(kCount <= kMost);
+    auto& parts = next();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const ShareCount total = lanes_sum<32>(own[i]);
+      if (lane == 0) parts[i][warp] = total;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      own[i] = lanes_sum<kWarps>(parts[i][lane % kWarps]);
+    }
   }
 
-  /// The largest, in every thread; none is below 0.
-  __device__ float largest(float own) {
-    const auto all = exchange({warp_max(own), 0}, [](ShareCount part) {
-      return ShareCount{warp_max(part.share), 0};
-    });
-    return all.share;
+  __device__ ShareCount sum(ShareCount own) {
+    ShareCount one[1] = {own};
+    sum(one);
+    return one[0];
   }
 
   /// Of the threads before this one, how many hold true; and of all in `total`.
@@ -42,7 +55,7 @@ class BlockReduce {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const unsigned votes = __ballot_sync(kAll, own);
     const int in_warp = __popc(votes & ((1u << lane) - 1));
-    ShareCount(&parts)[32] = next();
+    auto& parts = next()[0];
     if (lane == 0) parts[warp].count = __popc(votes);
     __syncthreads();
     const int count = lane < kWarps ? parts[lane].count : 0;
@@ -52,29 +65,19 @@ class BlockReduce {
 
  private:
   /// Two sets of parts in turns: one barrier keeps a use apart from the next but one.
-  __device__ ShareCount (&next())[32] {
+  __device__ ShareCount (&next())[kMost][32] {
     turn_ ^= 1;
     return shared_.parts[turn_];
   }
 
-  template <typename Combine>
-  __device__ ShareCount exchange(ShareCount of_warp, const Combine& combine) {
-    ShareCount(&parts)[32] = next();
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) parts[threadIdx.x / 32] = of_warp;
-    __syncthreads();
-    return combine(lane < kWarps ? parts[lane] : ShareCount{});
-  }
-
-  static __device__ ShareCount warp_sum(ShareCount own) {
+  /// Over groups of kLanes lanes, in each of them.
+  template <int kLanes>
+  static __device__ ShareCount lanes_sum(ShareCount own) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) own.share += __shfl_xor_sync(kAll, own.share, step);
-    return {own.share, __reduce_add_sync(kAll, own.count)};
-  }
-
-  static __device__ float warp_max(float own) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) own = fmaxf(own, __shfl_xor_sync(kAll, own, step));
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      own.share += __shfl_xor_sync(kAll, own.share, step);
+      own.count += __shfl_xor_sync(kAll, own.count, step);
+    }
     return own;
   }
 

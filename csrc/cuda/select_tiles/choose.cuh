@@ -1,14 +1,14 @@
 #pragma once
 // Stage 4, a thread block a tile: forced blocks, and by decreasing weight as many others as the
-// threshold and the floor ask for. The weight of the last one in is found by bisection over the
-// bits of a float: that takes no sorting and no room.
+// threshold and the floor ask for. The weight of the last one in is found by trial over the bits of
+// a float, three at a time: that takes no sorting and no room.
 
 #include "csrc/cuda/select_tiles/block_reduce.cuh"
 #include "csrc/cuda/select_tiles/problem.cuh"
 
 namespace rtpurbo::cuda::tiles {
 
-constexpr int kChooseThreads = 512;
+constexpr int kChooseThreads = 256;
 
 /// Candidates that are in: those whose weight has bits of at least `least`, and of those with one
 /// bit less the first `ties`.
@@ -69,16 +69,22 @@ class Chooser {
     return near + reduce_.sum(own).share;
   }
 
-  /// Share and number of the candidates of at least this weight.
-  __device__ ShareCount at_least(uint32_t least) {
-    ShareCount own;
+  /// Shares and numbers of the candidates whose bits are at least `first`, `first` + step, ..
+  template <int kCount>
+  __device__ void at_least(uint32_t first, uint32_t step, ShareCount (&found)[kCount]) {
+#pragma unroll
+    for (ShareCount& f : found) f = {};
+#pragma unroll 4
     for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kChooseThreads) {
-      const uint32_t own_bits = bits(b);
-      if (own_bits < least) continue;
-      own.share += __uint_as_float(own_bits);
-      ++own.count;
+      const uint32_t own = bits(b);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (own < first + i * step) break;
+        found[i].share += __uint_as_float(own);
+        ++found[i].count;
+      }
     }
-    return reduce_.sum(own);
+    reduce_.sum(found);
   }
 
   __device__ Cut find_cut(float forced_share) {
@@ -87,20 +93,30 @@ class Chooser {
       return found.share >= missing && found.count >= p_.min_blocks;
     };
     if (enough({})) return {UINT32_MAX, 0, 0, 0.0f};
-    // Candidates from the bits `in` on suffice, those from `out` on do not.
-    ShareCount found_in = at_least(0), found_out;
-    if (!enough(found_in)) return {0, 0, found_in.count, found_in.share};
-    float largest = 0.0f;
-    for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kChooseThreads) {
-      largest = fmaxf(largest, weight(b));
-    }
-    uint32_t in = 0, out = __float_as_uint(reduce_.largest(largest)) + 1;
+    ShareCount all[1];
+    at_least(0, 0, all);
+    if (!enough(all[0])) return {0, 0, all[0].count, all[0].share};
+    // Candidates from the bits `in` on suffice, those from `out` on do not: shares are below 2.
+    ShareCount found_in = all[0], found_out;
+    uint32_t in = 0, out = __float_as_uint(2.0f);
     while (out - in > 1) {
-      const uint32_t middle = in + (out - in) / 2;
-      const ShareCount found = at_least(middle);
-      const bool suffices = enough(found);
-      (suffices ? in : out) = middle;
-      (suffices ? found_in : found_out) = found;
+      constexpr int kWays = Reduce::kMost;
+      const uint32_t step = max(1u, (out - in) / (kWays + 1));
+      ShareCount found[kWays];
+      at_least(in + step, step, found);
+      const uint32_t first = in;
+#pragma unroll
+      for (int i = 0; i < kWays; ++i) {
+        const uint32_t tried = first + (i + 1) * step;
+        if (tried >= out) break;
+        if (!enough(found[i])) {
+          out = tried;
+          found_out = found[i];
+          break;
+        }
+        in = tried;
+        found_in = found[i];
+      }
     }
     return split_ties(in, found_in, found_out, missing);
   }

@@ -45,7 +45,7 @@ __global__ __launch_bounds__(plain::kThreads) void plain_scores_kernel(
   const Tile tile = tile_of(p, w, slot);
   const int row = static_cast<int>(group % groups) * kRows;
   if (tile.empty() || row > tile.last) return;
-  const Range blocks = chunk_blocks(scored_blocks(p, tile), chunk);
+  const Range blocks = chunk_blocks(w, scored_blocks(p, tile), chunk);
   if (blocks.end <= blocks.begin) return;
 
   const int dim = static_cast<int>(p.dim);
@@ -98,7 +98,7 @@ __global__ __launch_bounds__(plain::kThreads) void plain_scores_kernel(
         }
       }
     }
-    w.masses[w.mass(slot, block, own_row)] = mass.value();
+    w.mass(slot, block, own_row) = mass.value();
     far.add(mass.value());
   }
   far_parts[warp][lane] = far;

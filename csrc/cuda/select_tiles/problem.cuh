@@ -10,12 +10,18 @@
 
 namespace rtpurbo::cuda::tiles {
 
-constexpr int kChunk = 64;  // blocks that a thread block scores
+constexpr int kQuad = 4;  // blocks whose fp16 masses lie together
+
+/// Dimensions of the index that the tensor-core paths take, and what makes a log2-mass of q . k.
+constexpr int kDim = 16;
+constexpr float kLog2OfDot = kLog2E / 4.0f;
+constexpr int kBlock = 64;  // the keys of a block that they take
 
 /// Log-masses are to base 2. They are kept for the tiles [first_tile, first_tile + tiles) of each
 /// of the sequence-head pairs [first_pair, first_pair + pairs); such a tile is a slot.
 struct Workspace {
-  float* masses;    // [slots, blocks, height], of a row's far keys in a block
+  void* masses;     // of a row's far keys in a block: float [slots, blocks, height], or __half
+                    // [slots, quads, height, kQuad] of largest q . k
   float2* far;      // [slots, chunks, height], Log2Sum of those of a chunk
   float2* near;     // [slots, chunks, height], in form `full` that of the near keys
   float* totals;    // [slots, height], of all keys; +inf where no row is
@@ -23,15 +29,20 @@ struct Workspace {
   float* weights;   // [slots, blocks], mean shares of the blocks that hold far keys
   int64_t first_pair, first_tile;
   int64_t pairs, tiles;
-  int64_t blocks, chunks;
-  int64_t height;  // of a tile, rounded up to whole warps
+  int64_t blocks, quads;
+  int64_t chunk_blocks, chunks;  // a chunk is what a thread block scores
+  int64_t height;                // of a tile, rounded up to whole warps
+  bool halves;                   // masses are __half
 
   __device__ int64_t row(int64_t slot, int64_t i) const { return slot * height + i; }
   __device__ int64_t part(int64_t slot, int64_t chunk, int64_t i) const {
     return (slot * chunks + chunk) * height + i;
   }
-  __device__ int64_t mass(int64_t slot, int64_t block, int64_t i) const {
-    return (slot * blocks + block) * height + i;
+  __device__ float& mass(int64_t slot, int64_t block, int64_t i) const {
+    return static_cast<float*>(masses)[(slot * blocks + block) * height + i];
+  }
+  __device__ uint2& quad(int64_t slot, int64_t number, int64_t i) const {
+    return static_cast<uint2*>(masses)[(slot * quads + number) * height + i];
   }
 };
 
@@ -77,10 +88,12 @@ struct Tile {
 __device__ __forceinline__ Tile tile_of(const SelectTilesParams& p, const Workspace& w,
                                         int64_t slot) {
   Tile t;
-  const int64_t pair = w.first_pair + slot / w.tiles;
-  t.batch = pair / p.heads;
-  t.head = pair % p.heads;
-  t.number = w.first_tile + slot % w.tiles;
+  // 32 bits divide without a subroutine.
+  const auto tiles = static_cast<uint32_t>(w.tiles), heads = static_cast<uint32_t>(p.heads);
+  const uint32_t pair = static_cast<uint32_t>(w.first_pair) + static_cast<uint32_t>(slot) / tiles;
+  t.batch = pair / heads;
+  t.head = pair % heads;
+  t.number = w.first_tile + static_cast<uint32_t>(slot) % tiles;
   const int64_t row = t.number * p.tile;
   const int64_t position = p.keys - p.rows + row;
   const int64_t start = p.start_ptr ? min(max(p.start_ptr[t.batch], int64_t{0}), p.keys) : 0;

@@ -15,15 +15,18 @@ __device__ __forceinline__ Log2Sum load_sum(const float2* from) {
 }
 
 /// Blocks of a chunk that are scored.
-__device__ __forceinline__ Range chunk_blocks(const Range& scored, int64_t chunk) {
-  const int first = static_cast<int>(chunk) * kChunk;
-  return {max(scored.begin, first), min(scored.end, first + kChunk)};
+__device__ __forceinline__ Range chunk_blocks(const Workspace& w, const Range& scored,
+                                              int64_t chunk) {
+  const int size = static_cast<int>(w.chunk_blocks);
+  const int first = static_cast<int>(chunk) * size;
+  return {max(scored.begin, first), min(scored.end, first + size)};
 }
 
 /// Chunks that hold scored blocks.
-__device__ __forceinline__ Range scored_chunks(const Range& scored) {
+__device__ __forceinline__ Range scored_chunks(const Workspace& w, const Range& scored) {
   if (scored.end <= scored.begin) return {0, 0};
-  return {scored.begin / kChunk, (scored.end - 1) / kChunk + 1};
+  const int size = static_cast<int>(w.chunk_blocks);
+  return {scored.begin / size, (scored.end - 1) / size + 1};
 }
 
 }  // namespace rtpurbo::cuda::tiles

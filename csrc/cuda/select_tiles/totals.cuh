@@ -28,7 +28,7 @@ __global__ __launch_bounds__(kTotalsThreads) void totals_kernel(
   const bool valid = !tile.empty() && tile.has(row);
   Log2Sum far, near;
   if (valid) {
-    const Range chunks = scored_chunks(scored_blocks(p, tile));
+    const Range chunks = scored_chunks(w, scored_blocks(p, tile));
     const int each = (chunks.end - chunks.begin + kTotalsParts - 1) / kTotalsParts;
     const int begin = chunks.begin + part * each;
     const int end = min(begin + each, chunks.end);

@@ -1,0 +1,220 @@
+"""select_tiles on CUDA against the CPU operator, which tests/ops holds against the reference."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from rtpurbo import ops
+from tests.gpu.views import to_cuda
+
+# Rank "max" keeps block maxima in fp16 where the device has wgmma: weights are off by 2^-12 of a
+# logit.
+TOLERANCE = {"sum": 5e-5, "max": 5e-3}
+
+
+def draw(seed: int, keys: int, rows: int, dim: int, dtype: torch.dtype, kind: str) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    heads = 3
+    # Heads between rows, as a cache may hold them: no contiguous heads.
+    q_index = torch.randn(2, rows, heads, dim, generator=generator) * 2
+    k_index = torch.randn(2, 2, keys, dim, generator=generator)
+    if kind == "equal":
+        k_index[:] = k_index[:, :, :1]
+    if kind == "spike":
+        k_index *= 1e-2
+        k_index[:, :, keys // 3] = 3 * q_index[:, 0, :2]
+    if kind == "hidden":
+        q_index[..., 0] = 1
+        k_index[..., 0].masked_fill_(
+            torch.rand(2, 2, keys, generator=generator) < 0.6, -math.inf
+        )
+    return {
+        "q_index": q_index.to(dtype).transpose(1, 2),
+        "k_index": k_index.to(dtype),
+        "index_map": [0, 1, 1],
+        "threshold": torch.rand(heads, generator=generator),
+        "near_lse": torch.randn(2, heads, rows, generator=generator) + 3,
+        "offset": torch.randn(heads, generator=generator),
+        "start": torch.randint(0, keys + 1, (2,), generator=generator),
+    }
+
+
+def on_cuda(case: dict) -> dict:
+    return {k: to_cuda(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+
+
+def both(case: dict) -> tuple[tuple, tuple]:
+    cuda = ops.select_tiles(**on_cuda(case))
+    return ops.select_tiles(**case), tuple(t.cpu() for t in cuda)
+
+
+def check_equal(case: dict, cpu: tuple, cuda: tuple) -> None:
+    """Equal lists, up to blocks whose weights are nearly those beside the threshold.
+
+    A list that differs covers as much as the other: its mass reaches the threshold as closely.
+    """
+    tolerance = TOLERANCE[case.get("rank", "sum")]
+    same = (cpu[0] == cuda[0]).all(-1) & (cpu[1] == cuda[1])
+    torch.testing.assert_close(
+        cuda[2][same], cpu[2][same], atol=tolerance, rtol=0, equal_nan=True
+    )
+    threshold = case["threshold"][None, :, None].expand_as(same)
+    for b, j, t in (~same).nonzero().tolist():
+        a, c = int(cpu[1][b, j, t]), int(cuda[1][b, j, t])
+        if -1 in (a, c):
+            assert abs(max(a, c) - cpu[0].shape[-1]) <= 1 or a == c
+            continue
+        left = set(cpu[0][b, j, t, :a].tolist()) ^ set(cuda[0][b, j, t, :c].tolist())
+        assert len(left) <= 2 + max(a, c) // 20, (b, j, t, left)
+        assert cuda[0][b, j, t, :c].diff().gt(0).all()
+        assert (cuda[0][b, j, t, c:] == -1).all()
+        floor = min(cpu[2][b, j, t], threshold[b, j, t])
+        assert cuda[2][b, j, t] >= floor - tolerance
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(16, torch.float16), (16, torch.bfloat16), (24, torch.float32), (16, torch.float32)],
+    ids=str,
+)
+def test_random_tiles_equal_the_cpu(seed, rank, dim, dtype):
+    rng = random.Random(seed)
+    rows = rng.choice([1, 16, 100, 127, 128, 129, 300, 513])
+    keys = rows + rng.choice([0, 1, 64, 65, 200, 1000])
+    kind = rng.choice(["normal", "normal", "equal", "spike", "hidden"])
+    case = draw(seed, keys, rows, dim, dtype, kind) | {
+        "window": rng.choice([1, 5, 64, 128, 300, 5000]),
+        "sinks": rng.choice([0, 1, 4, 70]),
+        "min_blocks": rng.choice([0, 1, 3, 100]),
+        "tile": rng.choice([1, 16, 33, 128, 128, 128, 256]),
+        "block_size": rng.choice([1, 16, 33, 64, 64, 64, 64, 1 << 40]),
+        "capacity": rng.choice([0, 0, 0, 1, 8]),
+        "rank": rank,
+    }
+    for name in ("near_lse", "offset", "start"):
+        if rng.random() < 0.4:
+            case[name] = None
+    check_equal(case, *both(case))
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("full", [True, False])
+def test_long_rows_equal_the_cpu(rank, full):
+    """Several chunks and stages of keys; the first rows see few of them, or none."""
+    case = draw(1, 40_007, 300, 16, torch.float16, "normal")
+    case |= {"window": 300, "sinks": 4, "min_blocks": 2, "rank": rank}
+    case["start"] = torch.tensor([0, 39_900])
+    if full:
+        case["near_lse"] = None
+    check_equal(case, *both(case))
+
+
+def test_strided_keys_equal_packed_ones(cuda_device):
+    case = on_cuda(draw(2, 500, 200, 16, torch.float16, "normal"))
+    case |= {"window": 50, "sinks": 2, "min_blocks": 0, "start": None}
+    packed = ops.select_tiles(**case)
+    wide = torch.randn(2, 2, 500, 40, device=cuda_device, dtype=torch.float16)
+    wide[..., 5:21] = case["k_index"]
+    strided = ops.select_tiles(**case | {"k_index": wide[..., 5:21]})
+    torch.testing.assert_close(strided[2], packed[2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_logits_select_every_visible_block(rank, bad, cuda_device):
+    case = draw(3, 400, 200, 16, torch.float16, "normal")
+    case |= {"window": 10, "sinks": 2, "min_blocks": 0, "start": None, "rank": rank}
+    case["q_index"] = case["q_index"].abs()
+    case["k_index"][0, 1, 100, 3] = bad
+    cpu, cuda = both(case)
+    assert torch.equal(cpu[2].isnan(), cuda[2].isnan()) and cuda[2][0, 1:].isnan().all()
+    poisoned = cuda[2].isnan()
+    assert torch.equal(cuda[0][poisoned], cpu[0][poisoned])
+    assert torch.equal(cuda[1][poisoned], cpu[1][poisoned])
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+def test_keys_that_no_row_sees_are_not_used(rank, cuda_device):
+    case = draw(4, 700, 256, 16, torch.float16, "normal")
+    case |= {"window": 64, "sinks": 4, "min_blocks": 0, "rank": rank}
+    case["start"] = torch.tensor([130, 130])
+    clean = ops.select_tiles(**on_cuda(case))
+    case["k_index"][:, :, :130] = math.nan
+    case["k_index"][:, :, 640:] = math.nan  # in every window that reaches them
+    for a, b in zip(clean, ops.select_tiles(**on_cuda(case)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("dim", [16, 8])
+def test_twenty_runs_and_a_graph_give_the_same_bits(rank, dim, cuda_device):
+    torch.manual_seed(0)
+    arguments = (
+        torch.randn(1, 4, 5000, dim, device=cuda_device, dtype=torch.float16),
+        torch.randn(1, 4, 9000, dim, device=cuda_device, dtype=torch.float16),
+        [0, 1, 2, 3], torch.full((4,), 0.9, device=cuda_device), 1024, 4, 4,
+    )  # fmt: skip
+    options = {"near_lse": torch.full((1, 4, 5000), 5.0, device=cuda_device), "rank": rank}
+    first = ops.select_tiles(*arguments, **options)
+    for _ in range(20):
+        for a, b in zip(first, ops.select_tiles(*arguments, **options), strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.select_tiles(*arguments, **options)
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    for a, b in zip(first, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+def test_several_launches_equal_one(rank, cuda_device):
+    """More tiles than the workspace holds at a time: each head alone needs fewer launches."""
+    torch.manual_seed(1)
+    heads, keys = 3, 65_536
+    q_index = torch.randn(1, heads, keys, 16, device=cuda_device, dtype=torch.float16) * 2
+    k_index = torch.randn(1, heads, keys, 16, device=cuda_device, dtype=torch.float16)
+    near = torch.full((1, heads, keys), 6.0, device=cuda_device)
+    threshold = torch.tensor([0.5, 0.8, 0.95], device=cuda_device)
+    whole = ops.select_tiles(
+        q_index, k_index, [2, 0, 1], threshold, 1024, 4, 4, near_lse=near, rank=rank
+    )
+    for j, key_head in enumerate([2, 0, 1]):
+        one = slice(j, j + 1)
+        alone = ops.select_tiles(
+            q_index[:, one], k_index, [key_head], threshold[one], 1024, 4, 4,
+            near_lse=near[:, one], rank=rank,
+        )  # fmt: skip
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a[:, 0], b[:, j])
+
+
+def test_lists_drive_attention(cuda_device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 700, 64, device=cuda_device, dtype=torch.float16) for _ in "qkv")
+    case = on_cuda(draw(5, 700, 700, 16, torch.float16, "normal"))
+    lists = ops.select_tiles(
+        case["q_index"][:1, :2], case["k_index"][:1], [0, 1],
+        torch.full((2,), 2.0, device=cuda_device), 100, 4, 0,
+    )  # fmt: skip
+    assert (lists[2] > 0.999).all()
+    every = ops.attention(q, k, v, [0, 1], 100, 4, 0.125)[0]
+    listed = ops.attention(
+        q, k, v, [0, 1], 100, 4, 0.125, block_indices=lists[0], block_counts=lists[1]
+    )[0]
+    torch.testing.assert_close(listed, every, atol=2e-3, rtol=2e-3)
+
+
+def test_what_cuda_does_not_take(cuda_device):
+    case = on_cuda(draw(6, 1500, 1500, 16, torch.float32, "normal"))
+    case |= {"window": 10, "sinks": 2, "min_blocks": 0}
+    with pytest.raises(ValueError, match="tile on CUDA must be <= 1024, got 2000"):
+        ops.select_tiles(**case, tile=2000)
+    with pytest.raises(TypeError, match="q_index on CUDA must be float32"):
+        ops.select_tiles(**case | {"q_index": case["q_index"].double()})
