@@ -45,6 +45,16 @@ def prefill(dim: int, dtype: torch.dtype) -> None:
     ops.attention(q, k, k, [1, 2], 33, 3, dim**-0.5, block_indices=blocks, block_counts=counts)
 
 
+def tiles(rank: str, near_lse: torch.Tensor | None) -> None:
+    start = torch.tensor([0, 150], device=CUDA)
+    for dim, dtype in ((16, torch.float16), (24, torch.float32)):
+        ops.select_tiles(
+            draw(2, 3, 300, dim, dtype=dtype), draw(2, 2, 777, dim, dtype=dtype), [0, 1, 1],
+            torch.full((3,), 0.7, device=CUDA), 100, 3, 1, near_lse=near_lse, start=start,
+            rank=rank,
+        )  # fmt: skip
+
+
 def cache() -> None:
     k, ring, pages = draw(2, 3, 5, 16), draw(2, 2, 12, 16), draw(2, 1, 40, 16)
     ops.cache_append(k, k, ring, ring.clone(), pages, pages.clone(), [1], 20, 4)
@@ -58,6 +68,9 @@ def cache() -> None:
 
 top_p()
 cache()
+for rank in ("sum", "max"):
+    tiles(rank, None)
+    tiles(rank, draw(2, 3, 300))
 ops.retrieval_scores(draw(1, 4, 5, 16), draw(1, 2, 90, 16), 3, 8, 0.25)
 for dim, dtype in (
     (64, torch.bfloat16),

@@ -6,6 +6,7 @@ import torch
 from rtpurbo import ops
 from tests.ops import test_decode_properties as decode
 from tests.ops import test_select_properties as select
+from tests.ops import test_select_tiles_properties as select_tiles
 
 PROPERTIES = [
     decode.test_decode_equals_the_reference,
@@ -16,6 +17,7 @@ PROPERTIES = [
     select.test_select_sets,
     select.test_hidden_keys_are_never_read,
     select.test_a_nan_selects_every_far_key,
+    select_tiles.test_tile_lists,
 ]
 
 

@@ -17,16 +17,6 @@ __device__ __forceinline__ uint64_t descriptor_of_32_byte_rows(const void* share
   return (shared_address(shared) >> 4) | kUnused | kEightRows | kSwizzle32;
 }
 
-/// Where the 16-byte half of a row lies under that swizzle.
-__device__ __forceinline__ uint32_t offset_in_32_byte_rows(int row, int half) {
-  return static_cast<uint32_t>(row * 32 + ((half ^ (row >> 2 & 1)) << 4));
-}
-
-/// Makes this thread's writes to shared memory visible to wgmma.
-__device__ __forceinline__ void fence_shared_for_wgmma() {
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
-
 #define RTPURBO_D8(d, i)                                                                      \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
       "+r"(d[i + 6]), "+r"(d[i + 7])

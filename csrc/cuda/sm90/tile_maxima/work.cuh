@@ -17,6 +17,8 @@ constexpr int kTileKeys = 256;  // of a wgmma
 constexpr int kStageKeys = 2 * kTileKeys;
 constexpr int kKeyBytes = 32;
 constexpr int kTileBytes = kTileKeys * kKeyBytes;
+constexpr int kBoxBlocks = 2;  // of a copy
+constexpr int kBoxKeys = kBoxBlocks * tiles::kBlock;
 
 /// Of a launch. Numbers of 32 bits divide without a subroutine.
 struct Plan {

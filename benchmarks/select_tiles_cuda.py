@@ -1,0 +1,55 @@
+"""Block lists of a whole prefill on the GPU, a head at a time, by exp-sums and by maxima.
+
+`scores` is what the ratio and the goals of kernels are about: pairs of a row and a key it sees.
+The baseline is eager PyTorch for one head, where its N x N scores fit.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Case, benchmark
+from rtpurbo import ops
+
+INDEX_DIM, WINDOW, SINKS, MIN_BLOCKS, THRESHOLD = 16, 1024, 4, 4, 0.9
+TILE, BLOCK = 128, 64
+
+
+def pooled_shares(q_index: Tensor, k_index: Tensor, near_lse: Tensor) -> Tensor:
+    """[tiles, blocks]: the mean share of each block in each tile, the eager way."""
+    keys = k_index.shape[2]
+    n = torch.arange(keys, device=k_index.device)
+    hidden = (n > n[:, None]) | (n < SINKS) | (n[:, None] - n < WINDOW)
+    scores = (q_index[0, 0] @ k_index[0, 0].mT).float() * INDEX_DIM**-0.5
+    scores = scores.masked_fill_(hidden, -torch.inf)
+    total = torch.logaddexp(scores.logsumexp(-1), near_lse[0, 0])[:, None]
+    shares = (scores - total).exp_().unflatten(-1, (-1, BLOCK)).sum(-1)
+    return shares.unflatten(0, (-1, TILE)).mean(1)
+
+
+@benchmark
+def select_tiles_cuda() -> Iterator[Case]:
+    if not torch.cuda.is_available():
+        return
+    for heads, keys in ((1, 8192), (5, 8192), (1, 32768), (5, 32768), (1, 131_072), (1, 1 << 20)):
+        shape = 1, heads, keys, INDEX_DIM
+        q_index = torch.randn(shape, device="cuda", dtype=torch.float16) * 3
+        k_index = torch.randn(shape, device="cuda", dtype=torch.float16)
+        near_lse = torch.full(shape[:3], 8.0, device="cuda")
+        threshold = torch.full((heads,), THRESHOLD, device="cuda")
+        arguments = q_index, k_index, list(range(heads)), threshold, WINDOW, SINKS, MIN_BLOCKS
+        eager = {"eager": partial(pooled_shares, q_index, k_index, near_lse)}
+        for rank in ("sum", "max"):
+            yield Case(
+                parameters={
+                    "rank": rank, "heads": heads, "keys": keys,
+                    "scores": heads * keys * (keys + 1) // 2,
+                },
+                run=partial(ops.select_tiles, *arguments, near_lse=near_lse, rank=rank),
+                baselines=eager if heads == 1 and keys <= 32768 else {},
+                device="cuda",
+            )  # fmt: skip
+        del q_index, k_index, near_lse, arguments, eager
+        torch.cuda.empty_cache()

@@ -1,0 +1,24 @@
+#pragma once
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor" (sm_90), 5 dimensions.
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "csrc/cuda/ptx/mbarrier.cuh"
+#include "csrc/cuda/ptx/shared_address.cuh"
+
+namespace rtpurbo::cuda::ptx {
+
+/// Starts copying the box at those coordinates to shared memory; zeros where it is outside. All its
+/// bytes count for `full`.
+__device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, int x0, int x1,
+                                         int x2, int x3, int x4, Mbarrier& full) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(shared_address(&full.state))
+      : "memory");
+}
+
+}  // namespace rtpurbo::cuda::ptx
