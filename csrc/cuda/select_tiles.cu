@@ -18,8 +18,9 @@ namespace {
 
 using tiles::Workspace;
 
-constexpr int64_t kMassBytesAtOnce = 1 << 29;
+constexpr int64_t kBytesAtOnce = 576 << 20;
 constexpr int64_t kPortableChunk = 64;
+constexpr int64_t kBlocksOfFewThreads = 4096;  // many short lists: more of them at a time
 constexpr int64_t kMaxGrid = INT32_MAX;
 
 /// Without block sizes and tiles beyond what there is.
@@ -61,21 +62,6 @@ int64_t mass_bytes(const Workspace& w) {
                   : w.blocks * w.height * static_cast<int64_t>(sizeof(float));
 }
 
-/// All tiles of a few pairs, or a few tiles of one.
-Workspace sizes(const SelectTilesParams& p) {
-  Workspace w{};
-  w.halves = takes_maxima(p);
-  w.blocks = divide_up(p.keys, p.block_size);
-  w.quads = divide_up(w.blocks, tiles::kQuad);
-  w.chunk_blocks = chunk_blocks(w);
-  w.chunks = divide_up(w.blocks, w.chunk_blocks);
-  w.height = round_up(p.tile, 32);
-  const int64_t fitting = std::max<int64_t>(1, kMassBytesAtOnce / mass_bytes(w));
-  w.tiles = std::min(fitting, p.all_tiles);
-  w.pairs = std::min(fitting / w.tiles, p.batch * p.heads);
-  return w;
-}
-
 /// Takes the workspace apart, or with a null base only measures it.
 size_t lay_out(char* base, Workspace& w) {
   const int64_t slots = w.pairs * w.tiles;
@@ -93,6 +79,23 @@ size_t lay_out(char* base, Workspace& w) {
   take(w.near_lse, slots * w.height);
   take(w.weights, slots * w.blocks);
   return offset;
+}
+
+/// All tiles of a few pairs, or a few tiles of one.
+Workspace sizes(const SelectTilesParams& p) {
+  Workspace w{};
+  w.halves = takes_maxima(p);
+  w.blocks = divide_up(p.keys, p.block_size);
+  w.quads = divide_up(w.blocks, tiles::kQuad);
+  w.chunk_blocks = chunk_blocks(w);
+  w.chunks = divide_up(w.blocks, w.chunk_blocks);
+  w.height = round_up(p.tile, 32);
+  w.pairs = w.tiles = 1;
+  const auto slot_bytes = static_cast<int64_t>(lay_out(nullptr, w));
+  const int64_t fitting = std::max<int64_t>(1, kBytesAtOnce / slot_bytes);
+  w.tiles = std::min(fitting, p.all_tiles);
+  w.pairs = std::min(fitting / w.tiles, p.batch * p.heads);
+  return w;
 }
 
 cudaError_t launch_mma_scores(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
@@ -144,7 +147,11 @@ cudaError_t launch_slots(const SelectTilesParams& p, const Workspace& w, cudaStr
                                          : tiles::pool_kernel<tiles::Floats, 0>);
   pool<<<grid(slots * divide_up(w.blocks, tiles::kPoolBlocks)), tiles::kPoolThreads, 0, stream>>>(
       p, w);
-  tiles::choose_kernel<<<grid(slots), tiles::kChooseThreads, 0, stream>>>(p, w);
+  if (w.blocks > kBlocksOfFewThreads) {
+    tiles::choose_kernel<1024><<<grid(slots), 1024, 0, stream>>>(p, w);
+  } else {
+    tiles::choose_kernel<256><<<grid(slots), 256, 0, stream>>>(p, w);
+  }
   return cudaGetLastError();
 }
 

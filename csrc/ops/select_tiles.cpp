@@ -94,6 +94,12 @@ void check_supported(const at::Tensor& q_index, const at::Tensor& k_index, int64
                     tile);
 }
 
+/// The tensor-core kernels read keys that follow each other.
+at::Tensor packed_rows(const at::Tensor& k_index) {
+  const bool packed = k_index.dim() != 4 || k_index.stride(2) == k_index.size(3);
+  return packed ? k_index : k_index.contiguous();
+}
+
 Result select_tiles_cuda(const at::Tensor& q_index, const at::Tensor& k_index,
                          at::IntArrayRef index_map, const at::Tensor& threshold, int64_t window,
                          int64_t sinks, int64_t min_blocks, int64_t tile, int64_t block_size,
@@ -101,8 +107,9 @@ Result select_tiles_cuda(const at::Tensor& q_index, const at::Tensor& k_index,
                          const MaybeTensor& start, int64_t capacity, std::string_view rank,
                          const MaybeTensor& codes, const MaybeTensor& ranges) {
   check_tiles(min_blocks, tile, block_size, capacity, rank);
-  const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
-                                 near_lse, offset, start, {codes, ranges});
+  const at::Tensor keys = packed_rows(k_index);
+  const IndexArguments arguments(kOp, q_index, keys, index_map, window, sinks, block_size, near_lse,
+                                 offset, start, {codes, ranges});
   const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, at::kFloat);
   check_supported(q_index, k_index, tile, codes);
   const cpu::IndexParams& in = arguments.params();

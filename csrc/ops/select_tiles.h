@@ -22,6 +22,7 @@ namespace rtpurbo {
 /// returns   block_indices int32 [B, R, T, capacity], complete lists, ascending, -1 padded;
 ///           block_counts int32 [B, R, T]; mass [B, R, T], the pooled share. A tile without a valid
 ///           row: count 0, mass 1. NaN or +inf logits: all visible blocks, mass NaN.
+/// CUDA      tile <= 1024; on Hopper maxima may be float16, see rtpurbo/ops/select_tiles.py
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_tiles(
     const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
     const at::Tensor& threshold, int64_t window, int64_t sinks, int64_t min_blocks,

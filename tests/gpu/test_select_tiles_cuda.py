@@ -27,9 +27,7 @@ def draw(seed: int, keys: int, rows: int, dim: int, dtype: torch.dtype, kind: st
         k_index[:, :, keys // 3] = 3 * q_index[:, 0, :2]
     if kind == "hidden":
         q_index[..., 0] = 1
-        k_index[..., 0].masked_fill_(
-            torch.rand(2, 2, keys, generator=generator) < 0.6, -math.inf
-        )
+        k_index[..., 0].masked_fill_(torch.rand(2, 2, keys, generator=generator) < 0.6, -math.inf)
     return {
         "q_index": q_index.to(dtype).transpose(1, 2),
         "k_index": k_index.to(dtype),
@@ -57,9 +55,7 @@ def check_equal(case: dict, cpu: tuple, cuda: tuple) -> None:
     """
     tolerance = TOLERANCE[case.get("rank", "sum")]
     same = (cpu[0] == cuda[0]).all(-1) & (cpu[1] == cuda[1])
-    torch.testing.assert_close(
-        cuda[2][same], cpu[2][same], atol=tolerance, rtol=0, equal_nan=True
-    )
+    torch.testing.assert_close(cuda[2][same], cpu[2][same], atol=tolerance, rtol=0, equal_nan=True)
     threshold = case["threshold"][None, :, None].expand_as(same)
     for b, j, t in (~same).nonzero().tolist():
         a, c = int(cpu[1][b, j, t]), int(cuda[1][b, j, t])
@@ -193,6 +189,25 @@ def test_several_launches_equal_one(rank, cuda_device):
         )  # fmt: skip
         for a, b in zip(alone, whole, strict=True):
             assert torch.equal(a[:, 0], b[:, j])
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+def test_several_launches_of_a_head_equal_one(rank, cuda_device):
+    """Its later half of rows, which alone needs one launch."""
+    torch.manual_seed(2)
+    keys, half = 262_144, 131_072
+    q_index, k_index = (
+        torch.randn(1, 1, keys, 16, device=cuda_device, dtype=torch.float16) for _ in "qk"
+    )
+    near = torch.full((1, 1, keys), 6.0, device=cuda_device)
+    options = {"window": 1024, "sinks": 4, "min_blocks": 4, "capacity": 4096, "rank": rank}
+    threshold = torch.tensor([0.7], device=cuda_device)
+    whole = ops.select_tiles(q_index, k_index, [0], threshold, near_lse=near, **options)
+    later = ops.select_tiles(
+        q_index[:, :, half:], k_index, [0], threshold, near_lse=near[:, :, half:], **options
+    )
+    for a, b in zip(later, whole, strict=True):
+        assert torch.equal(a, b[:, :, half // 128 :])
 
 
 def test_lists_drive_attention(cuda_device):

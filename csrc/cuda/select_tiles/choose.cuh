@@ -8,8 +8,6 @@
 
 namespace rtpurbo::cuda::tiles {
 
-constexpr int kChooseThreads = 256;
-
 /// Candidates that are in: those whose weight has bits of at least `least`, and of those with one
 /// bit less the first `ties`.
 struct Cut {
@@ -19,12 +17,13 @@ struct Cut {
   float share;
 };
 
+template <int kThreads>
 class Chooser {
  public:
-  using Reduce = BlockReduce<kChooseThreads>;
+  using Reduce = BlockReduce<kThreads>;
 
   __device__ Chooser(const SelectTilesParams& p, const Workspace& w, int64_t slot,
-                     Reduce::Shared& shared)
+                     typename Reduce::Shared& shared)
       : p_(p),
         tile_(tile_of(p, w, slot)),
         visible_(tile_.visible_blocks()),
@@ -58,12 +57,12 @@ class Chooser {
   /// Mean share of the near keys and of the forced blocks' far ones.
   __device__ float forced() {
     ShareCount own;
-    for (int i = tile_.first + threadIdx.x; i <= tile_.last; i += kChooseThreads) {
+    for (int i = tile_.first + threadIdx.x; i <= tile_.last; i += kThreads) {
       own.share += fast_exp2(near_lse_[i] - totals_[i]);
     }
     const float near = reduce_.sum(own).share / static_cast<float>(tile_.rows());
     own = {};
-    for (int b = visible_.begin + threadIdx.x; b < visible_.end; b += kChooseThreads) {
+    for (int b = visible_.begin + threadIdx.x; b < visible_.end; b += kThreads) {
       if (!candidates_.has(b)) own.share += weight(b);
     }
     return near + reduce_.sum(own).share;
@@ -75,7 +74,7 @@ class Chooser {
 #pragma unroll
     for (ShareCount& f : found) f = {};
 #pragma unroll 4
-    for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kChooseThreads) {
+    for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kThreads) {
       const uint32_t own = bits(b);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -99,7 +98,8 @@ class Chooser {
     // Candidates from the bits `in` on suffice, those from `out` on do not: shares are below 2.
     ShareCount found_in = all[0], found_out;
     uint32_t in = 0, out = __float_as_uint(2.0f);
-    while (out - in > 1) {
+    // One candidate between the two is the last one in.
+    while (out - in > 1 && found_in.count - found_out.count > 1) {
       constexpr int kWays = Reduce::kMost;
       const uint32_t step = max(1u, (out - in) / (kWays + 1));
       ShareCount found[kWays];
@@ -118,6 +118,7 @@ class Chooser {
         found_in = found[i];
       }
     }
+    if (found_in.count - found_out.count == 1) return {in, 0, found_in.count, found_in.share};
     return split_ties(in, found_in, found_out, missing);
   }
 
@@ -135,7 +136,7 @@ class Chooser {
 
   __device__ void emit(const Cut& cut) {
     int sure = 0, equal = 0;  // of the blocks before
-    for (int first = visible_.begin; first < visible_.end; first += kChooseThreads) {
+    for (int first = visible_.begin; first < visible_.end; first += kThreads) {
       const int b = first + static_cast<int>(threadIdx.x);
       const bool visible = b < visible_.end;
       const bool candidate = candidates_.has(b);
@@ -157,7 +158,7 @@ class Chooser {
 
   /// -1 behind the list.
   __device__ void finish(int64_t place, int count, int length, float mass) {
-    for (int64_t i = length + threadIdx.x; i < p_.capacity; i += kChooseThreads) indices_[i] = -1;
+    for (int64_t i = length + threadIdx.x; i < p_.capacity; i += kThreads) indices_[i] = -1;
     if (threadIdx.x != 0) return;
     p_.counts_ptr[place] = count;
     p_.mass_ptr[place] = mass;
@@ -173,10 +174,11 @@ class Chooser {
   int32_t* indices_ = nullptr;
 };
 
-__global__ __launch_bounds__(kChooseThreads) void choose_kernel(
+template <int kThreads>
+__global__ __launch_bounds__(kThreads) void choose_kernel(
     const __grid_constant__ SelectTilesParams p, const __grid_constant__ Workspace w) {
-  __shared__ Chooser::Reduce::Shared shared;
-  Chooser(p, w, blockIdx.x, shared).run();
+  __shared__ typename Chooser<kThreads>::Reduce::Shared shared;
+  Chooser<kThreads>(p, w, blockIdx.x, shared).run();
 }
 
 }  // namespace rtpurbo::cuda::tiles

@@ -31,8 +31,7 @@ bool encode_key_map(CUtensorMap& map, const SelectTilesParams& p) {
   const int16_t* heads = p.index_map.heads;
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const cuuint64_t sizes[] = {size(tiles::kDim), size(blocks), size(tiles::kBlock),
-                              size(*std::max_element(heads, heads + p.index_map.count) + 1),
-                              size(p.batch)};
+                              size(*std::max_element(heads, heads + p.heads) + 1), size(p.batch)};
   const HeadsView& k = p.k_index;
   const cuuint64_t strides[] = {size(2 * tiles::kBlock * k.row_stride), size(2 * k.row_stride),
                                 size(2 * k.head_stride), size(2 * k.batch_stride)};
