@@ -1,6 +1,6 @@
-"""Block lists of a whole prefill on the GPU, a head at a time, by exp-sums and by maxima.
+"""Block lists of a whole prefill on the GPU, by exp-sums and by maxima.
 
-`scores` is what the ratio and the goals of kernels are about: pairs of a row and a key it sees.
+`scores` counts the pairs of a row and a key it sees: divided by the time, the rate of the index.
 The baseline is eager PyTorch for one head, where its N x N scores fit.
 """
 

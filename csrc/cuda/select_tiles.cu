@@ -19,6 +19,7 @@ namespace {
 using tiles::Workspace;
 
 constexpr int64_t kBytesAtOnce = 576 << 20;
+constexpr int64_t kTilesTogether = 4;
 constexpr int64_t kPortableChunk = 64;
 constexpr int64_t kBlocksOfFewThreads = 4096;  // many short lists: more of them at a time
 constexpr int64_t kMaxGrid = INT32_MAX;
@@ -93,7 +94,9 @@ Workspace sizes(const SelectTilesParams& p) {
   w.pairs = w.tiles = 1;
   const auto slot_bytes = static_cast<int64_t>(lay_out(nullptr, w));
   const int64_t fitting = std::max<int64_t>(1, kBytesAtOnce / slot_bytes);
-  w.tiles = std::min(fitting, p.all_tiles);
+  // Thread blocks score a few tiles at a time.
+  w.tiles = std::min(fitting > kTilesTogether ? fitting / kTilesTogether * kTilesTogether : fitting,
+                     p.all_tiles);
   w.pairs = std::min(fitting / w.tiles, p.batch * p.heads);
   return w;
 }

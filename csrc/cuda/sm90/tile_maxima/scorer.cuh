@@ -1,6 +1,6 @@
 #pragma once
-// A warpgroup: 128 rows as two operands of 64 in turns. It has one set of accumulators;
-// while it reduces them, the tensor cores work for the other warpgroups.
+// A warpgroup: 128 rows as two operands of 64 in turns. It has one set of accumulators; while it
+// reduces them, the tensor cores work for the other warpgroups.
 
 #include <cuda_fp16.h>
 
@@ -19,8 +19,8 @@ using tiles::Log2Sum;
 using Scores = uint32_t[64];
 
 /// A lane's two fp16 maxima for its row, g + 8 (t / 2) of its warp's 16: of blocks 2 (t % 2) and
-/// the next of the 256 keys. The ring lays two blocks out in turns, so they are the halves of a
-/// register.
+/// the next of the 256 keys. The keys of two blocks come in turns, see encode_key_map: they are the
+/// halves of a register.
 __device__ __forceinline__ uint32_t block_maxima(const Scores& d, int t) {
   uint32_t pairs[4];
 #pragma unroll
