@@ -19,7 +19,7 @@ namespace {
 using tiles::Workspace;
 
 constexpr int64_t kBytesAtOnce = 576 << 20;
-constexpr int64_t kTilesTogether = 4;
+constexpr int64_t kBand = 4;
 constexpr int64_t kPortableChunk = 64;
 constexpr int64_t kBlocksOfFewThreads = 4096;  // many short lists: more of them at a time
 constexpr int64_t kMaxGrid = INT32_MAX;
@@ -93,10 +93,11 @@ Workspace sizes(const SelectTilesParams& p) {
   w.height = round_up(p.tile, 32);
   w.pairs = w.tiles = 1;
   const auto slot_bytes = static_cast<int64_t>(lay_out(nullptr, w));
-  const int64_t fitting = std::max<int64_t>(1, kBytesAtOnce / slot_bytes);
-  // Thread blocks score a few tiles at a time.
-  w.tiles = std::min(fitting > kTilesTogether ? fitting / kTilesTogether * kTilesTogether : fitting,
-                     p.all_tiles);
+  int64_t fitting = std::max<int64_t>(1, kBytesAtOnce / slot_bytes);
+  // Launches of equal size, and of whole bands: thread blocks score a few tiles at a time.
+  if (fitting > kBand) fitting = fitting / kBand * kBand;
+  const int64_t launches = divide_up(p.all_tiles, fitting);
+  w.tiles = std::min({round_up(divide_up(p.all_tiles, launches), kBand), fitting, p.all_tiles});
   w.pairs = std::min(fitting / w.tiles, p.batch * p.heads);
   return w;
 }
