@@ -1,12 +1,10 @@
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/attention.h"
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/prefers_portable.h"
 #ifdef RTPURBO_WITH_SM90
 #include "csrc/cuda/sm90/attention.h"
 #endif
-
-#include <cstdlib>
-#include <cstring>
 
 namespace rtpurbo::cuda {
 
@@ -26,17 +24,6 @@ cudaError_t launch_dim(const AttentionParams& params, cudaStream_t stream) {
     return launch_attention_mma<T, kDim>(params, stream);
   }
 }
-
-#ifdef RTPURBO_WITH_SM90
-/// Whether the environment asks for the kernels that every device runs.
-bool prefers_portable() {
-  static const bool prefers = [] {
-    const char* value = std::getenv("RTPURBO_PORTABLE");
-    return value && std::strcmp(value, "1") == 0;
-  }();
-  return prefers;
-}
-#endif
 
 }  // namespace
 

@@ -25,4 +25,14 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, i
       : "memory");
 }
 
+/// The same of a tensor of five dimensions.
+__device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, int x0, int x1,
+                                         int x2, int x3, int x4, Mbarrier& full) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];\n" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(shared_address(&full.state))
+      : "memory");
+}
+
 }  // namespace rtpurbo::cuda::ptx

@@ -1,13 +1,10 @@
-#include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include "csrc/cuda/sm90/tensor_map.h"
 
 namespace rtpurbo::cuda::sm90 {
-namespace {
 
-/// The driver's function, found at run time: the library must load where there is no driver.
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -19,11 +16,9 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return function;
 }
 
-}  // namespace
-
 bool encode_tensor_map(CUtensorMap& map, const HeadsView& view, const TensorExtents& extents,
                        ElementType type) {
-  const auto encode = encoder();
+  const auto encode = tensor_map_encoder();
   if (!encode) return false;
   const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride) * 2; };
   const cuuint64_t sizes[] = {

@@ -3,6 +3,7 @@
 // land in shared memory as rows of 128 bytes with the 128-byte swizzle.
 
 #include <cuda.h>
+#include <cudaTypedefs.h>
 
 #include <cstdint>
 
@@ -18,6 +19,10 @@ inline constexpr int kBoxBytes = kBoxRows * kBoxColumns * 2;
 struct TensorExtents {
   int64_t batch, heads, rows, dim;
 };
+
+/// The driver's function, found at run time: the library must load where there is no driver. Null
+/// where it has none.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder();
 
 /// Encodes the map of a 16-bit tensor; false when the driver cannot describe it.
 bool encode_tensor_map(CUtensorMap& map, const HeadsView& view, const TensorExtents& extents,

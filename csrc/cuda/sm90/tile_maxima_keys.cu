@@ -1,31 +1,15 @@
-#include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 
+#include "csrc/cuda/sm90/tensor_map.h"
 #include "csrc/cuda/sm90/tile_maxima/key_map.h"
 #include "csrc/cuda/sm90/tile_maxima/work.cuh"
 
 namespace rtpurbo::cuda::sm90::maxima {
-namespace {
-
-/// The driver's function, found at run time: the library must load where there is no driver.
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-  static const auto function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                               12000, cudaEnableDefault, &found);
-    const bool valid = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(valid ? entry : nullptr);
-  }();
-  return function;
-}
-
-}  // namespace
 
 bool encode_key_map(CUtensorMap& map, const SelectTilesParams& p) {
-  const auto encode = encoder();
+  const auto encode = tensor_map_encoder();
   const int64_t blocks = p.keys / tiles::kBlock;
   if (!encode || blocks == 0) return false;
   const int16_t* heads = p.index_map.heads;

@@ -3,7 +3,7 @@
 // instead of __syncthreads let the warpgroups drift apart, so that one reduces while another
 // multiplies.
 
-#include "csrc/cuda/ptx/tma_load.cuh"
+#include "csrc/cuda/ptx/tma.cuh"
 #include "csrc/cuda/sm90/tile_maxima/work.cuh"
 
 namespace rtpurbo::cuda::sm90::maxima {
