@@ -1,4 +1,4 @@
-"""One decoded token of a layer on the GPU: scan, top-p and sparse attention against dense SDPA.
+"""One decoded token of a layer on the GPU: `sparse_decode` against dense SDPA, and its three parts.
 
 The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
 Inputs rotate, from 64K on through more memory than the L2 cache holds; times are of graph replays.
@@ -19,33 +19,44 @@ RETRIEVAL = [1, 9, 10, 17, 30]
 WINDOW, SINKS, SELECTED = 8192, 4, 8192
 SCALE = DIM**-0.5
 ROTATED_BYTES = 160e6
+BLOCK = 64  # keys that are quantised together
 
 
 class Step:
-    """The tensors of one decode step and its parts."""
+    """The tensors of one decode step and its parts; `shared`: an index key for each KV head."""
 
-    def __init__(self, batch: int, keys: int, retrieval: list[int]) -> None:
+    def __init__(
+        self, batch: int, keys: int, retrieval: list[int], bits: int = 16, shared: bool = False
+    ) -> None:
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=dtype)
 
-        self.retrieval = retrieval
+        group = HEADS // KV_HEADS
+        owners = [head // group for head in retrieval]
+        self.retrieval, self.owners = retrieval, owners
+        self.index_map = owners if shared else list(range(len(retrieval)))
         self.q = draw(batch, HEADS, 1, DIM)
         self.k, self.v = draw(batch, KV_HEADS, keys, DIM), draw(batch, KV_HEADS, keys, DIM)
         self.q_index = draw(batch, len(retrieval), 1, INDEX_DIM, dtype=torch.float16)
-        self.k_index = draw(batch, len(retrieval), keys, INDEX_DIM, dtype=torch.float16)
+        index_heads = KV_HEADS if shared else len(retrieval)
+        self.k_index = draw(batch, index_heads, keys, INDEX_DIM, dtype=torch.float16)
+        self.coded: dict[str, Tensor] = {}
+        if bits < 16:
+            far = max(0, keys - WINDOW) // BLOCK * BLOCK
+            codes, ranges = ops.quantize_index(self.k_index[:, :, :far], bits)
+            self.coded = dict(codes=codes, ranges=ranges)
+            self.k_index = self.k_index[:, :, far:].contiguous()
+        self.floor = min(SELECTED, max(1, keys - WINDOW - SINKS))
         self.near = self.near_lse()
         self.lists = self.select()
 
     def near_lse(self) -> Tensor:
-        kv_heads = [head // (HEADS // KV_HEADS) for head in self.retrieval]
-        return ops.near_lse(self.q, self.k, self.retrieval, kv_heads, WINDOW, SINKS, SCALE)
+        return ops.near_lse(self.q, self.k, self.retrieval, self.owners, WINDOW, SINKS, SCALE)
 
     def select(self) -> tuple[Tensor, Tensor]:
-        far = max(1, self.k.shape[2] - WINDOW - SINKS)
-        heads = list(range(len(self.retrieval)))
         indices, counts, _ = ops.select(
-            self.q_index, self.k_index, heads, 1e-9, WINDOW, SINKS, min(SELECTED, far),
-            near_lse=self.near, capacity=4 * SELECTED,
+            self.q_index, self.k_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
+            near_lse=self.near, capacity=4 * SELECTED, **self.coded,
         )  # fmt: skip
         return indices, counts
 
@@ -55,9 +66,14 @@ class Step:
         )[0]
 
     def whole(self) -> Tensor:
-        self.near = self.near_lse()
-        self.lists = self.select()
-        return self.attend()
+        if self.k.shape[2] <= WINDOW + SINKS:  # as a model does
+            return ops.decode(self.q, self.k, self.v, self.retrieval, WINDOW, WINDOW, SINKS, SCALE)[
+                0
+            ]
+        return ops.sparse_decode(
+            self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
+            1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, **self.coded,
+        )[0]  # fmt: skip
 
     def dense(self, backend: SDPBackend, packed: bool) -> Tensor:
         """`packed`: the query heads of a KV head as rows, which lets a kernel read K once."""
@@ -86,21 +102,31 @@ def all_of(steps: list[Step], call: Callable[[Step], object]) -> Callable[[], ob
     return lambda: [call(step) for step in steps]
 
 
+EVERY_HEAD = list(range(HEADS))
+SHAPES = [
+    *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
+    *[dict(batch=1, keys=keys, bits=4) for keys in (131_072, 1_048_576)],
+    *[dict(batch=batch, keys=131_072) for batch in (4, 16)],
+    *[dict(batch=1, keys=131_072, heads="all", shared=shared) for shared in (False, True)],
+    dict(batch=1, keys=1_048_576, heads="all"),
+    dict(batch=1, keys=1_048_576, heads="all", bits=4),
+]
+
+
 @benchmark
 def decode_cuda() -> Iterator[Case]:
     if not torch.cuda.is_available():
         return
-    shapes = [(1, 2**i * 1024) for i in (2, 3, 4, 5, 6, 7, 8, 9, 10)] + [
-        (4, 131_072),
-        (16, 131_072),
-    ]
-    for batch, keys in shapes:
-        index_bytes = batch * len(RETRIEVAL) * keys * INDEX_DIM * 2
-        rounds = min(8, max(1, int(ROTATED_BYTES // index_bytes)))
-        steps = [Step(batch, keys, RETRIEVAL) for _ in range(rounds)]
-        for part, call in PARTS.items():
+    for shape in SHAPES:
+        batch, keys, bits = shape["batch"], shape["keys"], shape.get("bits", 16)
+        heads = EVERY_HEAD if shape.get("heads") == "all" else RETRIEVAL
+        index_bytes = batch * len(heads) * keys * INDEX_DIM * 2
+        rounds = min(6, max(1, int(ROTATED_BYTES // index_bytes)))
+        steps = [Step(batch, keys, heads, bits, shape.get("shared", False)) for _ in range(rounds)]
+        parts = PARTS if keys in (131_072, 1_048_576) and batch == 1 else {"step": Step.whole}
+        for part, call in parts.items():
             yield Case(
-                parameters={"part": part, "batch": batch, "keys": keys, "selected": SELECTED},
+                parameters={"part": part, **shape, "selected": SELECTED},
                 run=all_of(steps, call),
                 baselines={
                     name: all_of(steps, lambda step, a=a: step.dense(*a))

@@ -5,7 +5,6 @@
 #ifdef RTPURBO_WITH_SM90
 #include "csrc/cuda/sm90/attention.h"
 #endif
-
 namespace rtpurbo::cuda {
 
 // Each is instantiated in a file of its own, in instances/.

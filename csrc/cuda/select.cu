@@ -8,11 +8,11 @@
 namespace rtpurbo::cuda {
 namespace {
 
-template <typename TK, typename Scorer>
+template <typename Scorer>
 __global__ __launch_bounds__(kSelectThreads,
                              2) void select_kernel(const __grid_constant__ SelectParams p,
                                                    const __grid_constant__ SelectWorkspace w) {
-  using Stages = Selector<TK, Scorer>;
+  using Stages = Selector<Scorer>;
   __shared__ union {
     typename Stages::Shared select;
     Emit::Shared emit;
@@ -74,9 +74,9 @@ const void* kernel_of(const SelectParams& p) {
   const bool wide = keys_are_wide(p);
   dispatch_element(p.k_type, [&](auto element) {
     using TK = decltype(element);
-    kernel = wide ? reinterpret_cast<const void*>(
-                        select_kernel<TK, WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>>)
-                  : reinterpret_cast<const void*>(select_kernel<TK, AnyScorer<TK>>);
+    kernel =
+        wide ? reinterpret_cast<const void*>(select_kernel<WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>>)
+             : reinterpret_cast<const void*>(select_kernel<AnyScorer<TK>>);
     return cudaSuccess;
   });
   return kernel;

@@ -14,15 +14,18 @@ constexpr int kMaxIndexDim = 512;
 
 struct SelectParams {
   ElementType q_type, k_type;
-  HeadsView q_index, k_index;  // [B, heads, rows, dim], [B, key_heads, keys, dim]
-  HeadList index_map;          // key head of each query head
-  bool near_is_scored;         // form `full`: the near keys' mass is that of their scores
-  const float* near_lse_ptr;   // [B, heads, rows], or null
-  const float* offset_ptr;     // [heads], or null
-  const int64_t* start_ptr;    // [B], or null
-  int32_t* indices_ptr;        // [B, heads, rows, capacity]
-  int32_t* counts_ptr;         // [B, heads, rows]
-  float* mass_ptr;             // [B, heads, rows]
+  HeadsView q_index, k_index;  // [B, heads, rows, dim], [B, key_heads, keys - coded, dim]
+  HeadsView codes, ranges;     // of keys [0, coded), as quantize_index makes them
+  int64_t coded;
+  int code_bits;              // 4 or 8
+  HeadList index_map;         // key head of each query head
+  bool near_is_scored;        // form `full`: the near keys' mass is that of their scores
+  const float* near_lse_ptr;  // [B, heads, rows], or null
+  const float* offset_ptr;    // [heads], or null
+  const int64_t* start_ptr;   // [B], or null
+  int32_t* indices_ptr;       // [B, heads, rows, capacity]
+  int32_t* counts_ptr;        // [B, heads, rows]
+  float* mass_ptr;            // [B, heads, rows]
   int64_t batch, heads, rows, keys, dim;
   int64_t window, sinks, block_size;
   int64_t capacity, min_members;

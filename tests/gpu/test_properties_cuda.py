@@ -5,8 +5,10 @@ import torch
 
 from rtpurbo import ops
 from tests.ops import test_decode_properties as decode
+from tests.ops import test_quantize_index as quantize_index
 from tests.ops import test_select_properties as select
 from tests.ops import test_select_tiles_properties as select_tiles
+from tests.ops import test_sparse_decode_properties as sparse_decode
 
 PROPERTIES = [
     decode.test_decode_equals_the_reference,
@@ -18,6 +20,11 @@ PROPERTIES = [
     select.test_hidden_keys_are_never_read,
     select.test_a_nan_selects_every_far_key,
     select_tiles.test_tile_lists,
+    quantize_index.test_sets_are_those_of_the_float64_scores,
+    sparse_decode.test_sparse_decode_selects_and_attends,
+    sparse_decode.test_sparse_decode_over_rings,
+    sparse_decode.test_what_is_not_attended_is_never_read,
+    sparse_decode.test_a_nan_score_selects_every_far_key,
 ]
 
 

@@ -61,9 +61,7 @@ def lists_of(selected: Tensor, counts: Tensor, keys: int, block_size: int) -> Te
 def check_selection(layer: Layer, arguments: dict, forced: Tensor, indices: Tensor, out: tuple):
     _, _, _, counts, mass = out
     keys, size = layer.keys, arguments["block_size"]
-    logits = index_logits(
-        arguments["q_index"], arguments["k_index"], arguments["index_map"], None
-    )
+    logits = index_logits(arguments["q_index"], arguments["k_index"], arguments["index_map"], None)
     positions = last_positions(1, keys, layer.batch)
     sees = visible(positions, keys, arguments["start"])
     close = near(positions, keys, arguments["start"], arguments["near_window"], layer.sinks)
@@ -155,9 +153,9 @@ def test_a_nan_score_selects_every_far_key(layer, choice):
     _, _, _, counts, mass = ops.sparse_decode(q, k, v, **arguments)
     positions = last_positions(1, layer.keys, layer.batch)
     sees = visible(positions, layer.keys, arguments["start"])[:, 0]
-    close = near(
-        positions, layer.keys, arguments["start"], arguments["near_window"], layer.sinks
-    )[:, 0]
+    close = near(positions, layer.keys, arguments["start"], arguments["near_window"], layer.sinks)[
+        :, 0
+    ]
     size = arguments["block_size"]
     far = torch.nn.functional.pad(sees & ~close, (0, -layer.keys % size))
     blocks = far.unflatten(-1, (-1, size)).any(-1).sum(-1, dtype=torch.int32)

@@ -48,6 +48,14 @@ class Members {
   __device__ int count() const { return groups_ << shift_; }
   __device__ int room() const { return room_; }
 
+  /// Groups of this warp whose number in the row is below `number`.
+  __device__ int groups_before(int64_t number) const {
+    const int64_t own = number - first_group_ - own_;
+    return own <= 0 ? 0
+                    : static_cast<int>(
+                          min((own + stride_ - 1) / stride_, static_cast<int64_t>(groups_)));
+  }
+
   /// Number in the row of this warp's group `i`.
   __device__ int group(int i) const { return first_group_ + own_ + i * stride_; }
 

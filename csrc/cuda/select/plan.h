@@ -5,13 +5,15 @@
 
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/integers.h"
+#include "csrc/cuda/select/coded_keys.cuh"
 #include "csrc/cuda/select/members.cuh"
 
 namespace rtpurbo::cuda {
 
-/// Whether keys may be loaded whole.
+/// Whether keys, and blocks of codes, may be loaded whole.
 inline bool keys_are_wide(const SelectParams& p) {
-  return p.dim == 16 && rows_are_aligned(p.k_index, p.k_type == ElementType::kFloat32 ? 4 : 2);
+  return p.dim == 16 && rows_are_aligned(p.k_index, p.k_type == ElementType::kFloat32 ? 4 : 2) &&
+         (p.coded == 0 || coded_blocks_are_packed(p.codes, p.ranges, p.code_bits));
 }
 
 constexpr int64_t kMembersAtOnce = 1 << 25;

@@ -5,6 +5,8 @@
 #include <cfloat>
 
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/head_rows.cuh"
+#include "csrc/cuda/select/coded_keys.cuh"
 #include "csrc/cuda/select/members.cuh"
 #include "csrc/cuda/select/stats.cuh"
 
@@ -38,32 +40,41 @@ struct GroupScores {
   float of_half[2];
 };
 
+/// Row 0 of the key head that a row's query reads.
+template <typename T>
+__device__ __forceinline__ const T* key_rows(const SelectParams& p, const HeadsView& view,
+                                             const Row& row) {
+  return head_rows<const T>(view, row.batch, p.index_map.heads[row.head]);
+}
+
 /// Keys of 16 dimensions whose rows are aligned to 16 bytes: those of kAtOnce groups are on their
 /// way before the first is needed.
 template <typename TK, int kAtOnce>
 class WideScorer {
  public:
   static constexpr int kGroups = kAtOnce;
+  static constexpr bool kScoresCodes = false;
 
-  __device__ WideScorer(const SelectParams& p, const float* query) {
+  __device__ WideScorer(const SelectParams& p, const Row& row, const float* query)
+      : keys_(key_rows<TK>(p, p.k_index, row) - p.coded * p.k_index.row_stride),
+        stride_(p.k_index.row_stride) {
 #pragma unroll
     for (int d = 0; d < 16; ++d) query_[d] = query[d];
   }
 
-  /// Scores keys[0, 64) of each group, without those outside [begin, end).
-  __device__ void score(const TK* const (&keys)[kGroups], int64_t stride,
-                        const int64_t (&first)[kGroups], int64_t begin, int64_t end,
+  /// Scores the 64 keys from each `first` on, without those outside [begin, end).
+  __device__ void score(const int64_t (&first)[kGroups], int64_t begin, int64_t end,
                         GroupScores (&scores)[kGroups]) const {
     Key loaded[kGroups][2];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int own = half * 32 + static_cast<int>(threadIdx.x) % 32;
-        const int64_t n = first[g] + own;
+        const int64_t n = first[g] + half * 32 + threadIdx.x % 32;
         loaded[g][half] = {};
-        if (n >= begin && n < end)
-          loaded[g][half] = *reinterpret_cast<const Key*>(keys[g] + own * stride);
+        if (n >= begin && n < end) {
+          loaded[g][half] = *reinterpret_cast<const Key*>(keys_ + n * stride_);
+        }
       }
     }
 #pragma unroll
@@ -85,33 +96,45 @@ class WideScorer {
     return sum;
   }
 
+  const TK* const keys_;
+  const int64_t stride_;
   float query_[16];
 };
 
-/// Keys of any dimension and stride.
+/// Keys, and codes, of any dimension and stride.
 template <typename TK>
 class AnyScorer {
  public:
   static constexpr int kGroups = 1;
+  static constexpr bool kScoresCodes = true;
 
-  __device__ AnyScorer(const SelectParams& p, const float* query)
-      : query_(query), dim_(static_cast<int>(p.dim)) {}
+  __device__ AnyScorer(const SelectParams& p, const Row& row, const float* query)
+      : p_(p), row_(row), query_(query), dim_(static_cast<int>(p.dim)) {}
 
-  __device__ void score(const TK* const (&keys)[1], int64_t stride, const int64_t (&first)[1],
-                        int64_t begin, int64_t end, GroupScores (&scores)[1]) const {
+  __device__ void score(const int64_t (&first)[1], int64_t begin, int64_t end,
+                        GroupScores (&scores)[1]) const {
     for (int half = 0; half < 2; ++half) {
-      const int own = half * 32 + static_cast<int>(threadIdx.x) % 32;
-      const int64_t n = first[0] + own;
-      float sum = 0.0f;
-      if (n >= begin && n < end) {
-        for (int d = 0; d < dim_; ++d)
-          sum = fmaf(query_[d], to_float(keys[0][own * stride + d]), sum);
-      }
-      scores[0].of_half[half] = sum;
+      const int64_t n = first[0] + half * 32 + threadIdx.x % 32;
+      scores[0].of_half[half] = n >= begin && n < end ? dot(n) : 0.0f;
     }
   }
 
  private:
+  __device__ float dot(int64_t n) const {
+    if (n < p_.coded) {
+      return coded_dot(
+          query_, key_rows<uint8_t>(p_, p_.codes, row_) + n * p_.codes.row_stride,
+          key_rows<__half>(p_, p_.ranges, row_) + n / kIndexBlock * p_.ranges.row_stride, dim_,
+          p_.code_bits);
+    }
+    const TK* key = key_rows<TK>(p_, p_.k_index, row_) + (n - p_.coded) * p_.k_index.row_stride;
+    float sum = 0.0f;
+    for (int d = 0; d < dim_; ++d) sum = fmaf(query_[d], to_float(key[d]), sum);
+    return sum;
+  }
+
+  const SelectParams& p_;
+  const Row& row_;
   const float* const query_;
   const int dim_;
 };
@@ -133,7 +156,7 @@ struct ScoreStats {
   }
 };
 
-template <typename TK, typename Scorer>
+template <typename Scorer>
 class Scan {
  public:
   struct Shared {
@@ -153,10 +176,6 @@ class Scan {
       shared.query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
     }
     __syncthreads();
-    const Scorer scorer(p, shared.query);
-    const TK* keys = static_cast<const TK*>(p.k_index.ptr) + row.batch * p.k_index.batch_stride +
-                     p.index_map.heads[row.head] * p.k_index.head_stride;
-    const int64_t stride = p.k_index.row_stride;
     // Keys that are scored; the others are not read.
     const int64_t begin = p.near_is_scored ? row.start : row.far_begin;
     const int64_t end = p.near_is_scored ? row.position + 1 : row.far_end;
@@ -168,48 +187,59 @@ class Scan {
       members.score(i) = score;
       own.add(score);
     };
+    const auto store = [&](int group, int64_t first, const GroupScores& scores) {
+      float value[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t n = first + half * 32 + lane;
+        value[half] = scores.of_half[half];
+        const bool far = n >= row.far_begin && n < row.far_end;
+        if (p.near_is_scored && !far && n >= begin && n < end && value[half] != -INFINITY) {
+          near.add(value[half], 1.0f);
+        }
+        if (!far) value[half] = -INFINITY;
+      }
+      const int place = group * members.of_group();
+      if (p.block_size == 1) {
+        keep(place + lane, value[0]);
+        keep(place + 32 + lane, value[1]);
+      } else if (p.block_size == 64) {
+        const float mass = block_log_mass(value[0], value[1], 32);
+        if (lane == 0) keep(place, mass);
+      } else {
+        const int size = static_cast<int>(p.block_size);
 #pragma unroll 1
-    for (int i = 0; i < members.groups(); i += kGroups) {
-      const TK* group_keys[kGroups];
+        for (int half = 0; half < 2; ++half) {
+          const float mass = block_log_mass(value[half], -INFINITY, size);
+          if (lane % size == 0) keep(place + half * (32 / size) + lane / size, mass);
+        }
+      }
+    };
+
+    int coded = 0;  // groups of this warp that are scored from codes
+    if (!Scorer::kScoresCodes && p.coded > 0) {
+      coded = members.groups_before(p.coded / kGroupKeys);
+      if (p.code_bits == 4) {
+        score_codes<4>(p, row, members, coded, shared.query, store);
+      } else {
+        score_codes<8>(p, row, members, coded, shared.query, store);
+      }
+    }
+    const Scorer scorer(p, row, shared.query);
+#pragma unroll 1
+    for (int i = coded; i < members.groups(); i += kGroups) {
       int64_t first[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         first[g] = i + g < members.groups()
                        ? static_cast<int64_t>(members.group(i + g)) * kGroupKeys
                        : end;
-        group_keys[g] = keys + first[g] * stride;
       }
       GroupScores scores[kGroups];
-      scorer.score(group_keys, stride, first, begin, end, scores);
+      scorer.score(first, begin, end, scores);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        if (i + g >= members.groups()) break;
-        float value[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t n = first[g] + half * 32 + lane;
-          value[half] = scores[g].of_half[half];
-          const bool far = n >= row.far_begin && n < row.far_end;
-          if (p.near_is_scored && !far && n >= begin && n < end && value[half] != -INFINITY) {
-            near.add(value[half], 1.0f);
-          }
-          if (!far) value[half] = -INFINITY;
-        }
-        const int place = (i + g) * members.of_group();
-        if (p.block_size == 1) {
-          keep(place + lane, value[0]);
-          keep(place + 32 + lane, value[1]);
-        } else if (p.block_size == 64) {
-          const float mass = block_log_mass(value[0], value[1], 32);
-          if (lane == 0) keep(place, mass);
-        } else {
-          const int size = static_cast<int>(p.block_size);
-#pragma unroll 1
-          for (int half = 0; half < 2; ++half) {
-            const float mass = block_log_mass(value[half], -INFINITY, size);
-            if (lane % size == 0) keep(place + half * (32 / size) + lane / size, mass);
-          }
-        }
+        if (i + g < members.groups()) store(i + g, first[g], scores[g]);
       }
     }
     const BlockStats of_warp =
@@ -219,6 +249,41 @@ class Scan {
     if (warp != 0) return;
     const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, p.near_is_scored);
     if (lane == 0) stats = of_block;
+  }
+
+ private:
+  /// The first `count` groups of this warp, with the next ones on their way.
+  template <int kBits, typename Store>
+  static __device__ void score_codes(const SelectParams& p, const Row& row, const Members& members,
+                                     int count, const float* query, const Store& store) {
+    using Block = CodedBlock<kBits>;
+    constexpr int kAtOnce = kBits == 4 ? 4 : 2;
+    const int lane = threadIdx.x % 32;
+    const CodedQuery<kBits> coded_query(query, lane);
+    const uint8_t* codes = key_rows<uint8_t>(p, p.codes, row);
+    const __half* ranges = key_rows<__half>(p, p.ranges, row);
+    Block now[kAtOnce], next[kAtOnce];
+    // One step ahead: the first pass only loads.
+#pragma unroll 1
+    for (int i = -kAtOnce; i < count; i += kAtOnce) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        now[j] = next[j];
+        if (i + kAtOnce + j < count) {
+          const int64_t block = members.group(i + kAtOnce + j);
+          next[j] =
+              Block::load(codes + block * Block::kBytes, ranges + block * Block::kRanges, lane);
+        }
+      }
+      if (i < 0) continue;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (i + j >= count) break;
+        const float2 scores = coded_query.scores(now[j]);
+        store(i + j, static_cast<int64_t>(members.group(i + j)) * kGroupKeys,
+              GroupScores{{scores.x, scores.y}});
+      }
+    }
   }
 };
 

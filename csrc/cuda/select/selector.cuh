@@ -20,12 +20,12 @@ struct Selection {
   }
 };
 
-template <typename TK, typename Scorer>
+template <typename Scorer>
 class Selector {
  public:
   struct Shared {
     union {
-      typename Scan<TK, Scorer>::Shared scan;
+      typename Scan<Scorer>::Shared scan;
       Weigh::Shared weigh;
       FindBin::Shared find_bin;
       Publish::Shared publish;
@@ -43,7 +43,7 @@ class Selector {
       w.bin_mass[team.number * kBins + bin] = 0;
       w.bin_count[team.number * kBins + bin] = 0;
     }
-    Scan<TK, Scorer>::run(p, row, members, shared.scan, w.stats[blockIdx.x]);
+    Scan<Scorer>::run(p, row, members, shared.scan, w.stats[blockIdx.x]);
   }
 
   /// The second half. `near_log_mass()` is called by one warp, unless near keys are scored.

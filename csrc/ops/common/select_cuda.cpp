@@ -7,9 +7,6 @@
 namespace rtpurbo::cuda {
 
 SelectParams select_params(const char* op, const cpu::IndexParams& in) {
-  TORCH_CHECK_NOT_IMPLEMENTED(in.coded == 0, "rtpurbo::", op,
-                              ": 4- and 8-bit index keys have no CUDA kernel yet; use "
-                              "RTPurboConfig(index_bits=16) or run on the CPU (model.to('cpu'))");
   check_not_double(op, "q_index", in.q_dtype);
   check_not_double(op, "k_index", in.k_dtype);
   TORCH_CHECK_VALUE(in.dim <= kMaxIndexDim, "rtpurbo::", op,
@@ -19,6 +16,10 @@ SelectParams select_params(const char* op, const cpu::IndexParams& in) {
           .k_type = element_type(in.k_dtype),
           .q_index = in.q_index,
           .k_index = in.k_index,
+          .codes = in.codes,
+          .ranges = in.ranges,
+          .coded = in.coded,
+          .code_bits = static_cast<int>(in.code_bits),
           .index_map = head_list(op, "index_map", {in.index_map, static_cast<size_t>(in.heads)}),
           .near_is_scored = in.near_lse_ptr == nullptr,
           .near_lse_ptr = static_cast<const float*>(in.near_lse_ptr),

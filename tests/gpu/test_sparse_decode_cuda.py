@@ -1,0 +1,168 @@
+"""sparse_decode on CUDA at sizes and head dims that the property tests do not reach."""
+
+import random
+
+import pytest
+import torch
+
+from rtpurbo import ops
+from tests import reference
+from tests.ops.test_sparse_decode_properties import WORD, lists_of
+from tests.reference.masks import last_positions, near, visible
+from tests.reference.quantize_index import dequantize
+from tests.reference.select import index_logits
+from tests.reference.softmax import log_sum_exp
+
+
+def draw(seed: int, dtype: torch.dtype) -> dict:
+    """A layer with thousands of keys whose index keys are as a cache holds them."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 4), rng.choice([1, 2, 5, 7, 8, 16])
+    dim, keys = rng.choice([64, 128, 256]), rng.randint(1, 9000)
+    heads = kv_heads * group
+    retrieval = sorted(rng.sample(range(heads), rng.randint(1, min(heads, 5))))
+    window = rng.choice([1, 63, 500, 1024])
+    beyond = rng.random() < 0.6
+    q = torch.randn(batch, 1, heads, dim).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, keys, kv_heads, dim).to(dtype).transpose(1, 2) for _ in range(2))
+    start = None
+    if rng.random() < 0.4:
+        start = torch.tensor([rng.randint(0, keys) for _ in range(batch)])
+    arguments = dict(
+        q=q,
+        k=k,
+        v=v,
+        retrieval_heads=retrieval,
+        q_index=torch.randn(batch, len(retrieval), 1, 16).half() * rng.choice([0.3, 1, 3]),
+        k_index=torch.randn(batch, len(retrieval), keys, 16).half(),
+        index_map=list(range(len(retrieval))),
+        p=rng.choice([0.3, 0.9, 0.999, 1.0]),
+        window=window,
+        near_window=window if beyond else 64,
+        sinks=rng.choice([0, 4]),
+        min_tokens=rng.choice([0, 64, 3000]),
+        scale=dim**-0.5,
+        block_size=rng.choice([1, 1, 16, 64]),
+        beyond_window=beyond,
+        start=start,
+    )
+    bits = rng.choice([16, 16, 8, 4])
+    coded = rng.randint(0, keys // WORD) * WORD
+    if bits < 16:
+        far, tail = arguments["k_index"].split([coded, keys - coded], 2)
+        codes, ranges = ops.quantize_index(far.contiguous(), bits)
+        arguments |= dict(k_index=tail.contiguous(), codes=codes, ranges=ranges)
+    return arguments
+
+
+def on_cuda(arguments: dict) -> dict:
+    return {n: a.cuda() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+
+
+def scored_keys(arguments: dict) -> torch.Tensor:
+    """float64 [B, R, N, r]: what the codes and the 16-bit keys mean."""
+    if "codes" not in arguments:
+        return arguments["k_index"].double()
+    far = dequantize(arguments["codes"], arguments["ranges"])
+    return torch.cat([far.double(), arguments["k_index"].double()], 2)
+
+
+@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
+    arguments = draw(seed, dtype)
+    result = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments))]
+    out, lse, selected, counts, mass = result
+    keys, size = arguments["k"].shape[2], arguments["block_size"]
+    indices = lists_of(selected, counts, keys, size)
+    positions = last_positions(1, keys, out.shape[0])
+    sees = visible(positions, keys, arguments["start"])[:, None]
+    close = near(positions, keys, arguments["start"], arguments["near_window"], arguments["sinks"])[
+        :, None
+    ]
+    bits = (selected[:, :, 0, :, None] >> torch.arange(WORD) & 1).bool().flatten(-2)[..., :keys]
+    attended = close | (bits[:, :, None] & sees)
+    logits = index_logits(
+        arguments["q_index"], scored_keys(arguments), arguments["index_map"], None
+    )
+    heads = arguments["retrieval_heads"]
+    group = arguments["q"].shape[1] // arguments["k"].shape[1]
+    if arguments["beyond_window"]:
+        forced = reference.near_lse(
+            arguments["q"], arguments["k"], heads, [h // group for h in heads],
+            arguments["near_window"], arguments["sinks"], arguments["scale"], arguments["start"],
+        )  # fmt: skip
+    else:
+        forced = log_sum_exp(logits, close.expand_as(logits))
+    far = (sees & ~close).expand_as(logits)
+    chosen = torch.logaddexp(forced, log_sum_exp(logits, far & attended))
+    total = torch.logaddexp(forced, log_sum_exp(logits, far))
+    share = torch.where(total > -torch.inf, (chosen - total).exp(), 1.0)
+    torch.testing.assert_close(mass.double(), share, atol=1e-4, rtol=0)
+    assert (share >= arguments["p"] - 1e-4).all()
+    low = torch.where(far & attended, logits, torch.inf).amin(-1)
+    high = torch.where(far & ~attended, logits, -torch.inf).amax(-1)
+    if size == 1:
+        assert (low >= high - 1e-4).all()
+
+    names = ("window", "near_window", "sinks", "scale", "block_size", "start", "retrieval_heads")
+    more = {name: arguments[name] for name in names} | dict(indices=indices, counts=counts)
+    tensors = [arguments[name] for name in "qkv"]
+    exact, exact_lse = reference.decode(*tensors, **more)
+    lower, _ = reference.decode(*tensors, **more, compute=dtype)
+    allowed = 2 * (lower.double() - exact).abs().max() + 1e-5
+    assert (out.double() - exact).abs().max() <= allowed
+    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "keys"), [(1, 131_072), (1, 1_000_001), (40, 30_000)])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, bits, cuda_device):
+    torch.manual_seed(0)
+    q = torch.randn(batch, 32, 1, 128, device=cuda_device, dtype=torch.bfloat16)
+    k, v = (
+        torch.randn(1, 4, keys, 128, device=cuda_device, dtype=torch.bfloat16).expand(
+            batch, -1, -1, -1
+        )
+        for _ in "kv"
+    )
+    q_index = torch.randn(batch, 5, 1, 16, device=cuda_device, dtype=torch.float16)
+    k_index = torch.randn(batch, 5, keys, 16, device=cuda_device, dtype=torch.float16)
+    more = {}
+    if bits < 16:
+        coded = (keys - 8192) // WORD * WORD
+        codes, ranges = ops.quantize_index(k_index[:, :, :coded], bits)
+        k_index, more = k_index[:, :, coded:], dict(codes=codes, ranges=ranges)
+
+    def step():
+        return ops.sparse_decode(
+            q, k, v, [1, 9, 10, 17, 30], q_index, k_index, [0, 1, 2, 3, 4], 0.9, 8192, 8192, 4, 64,
+            128**-0.5, **more,
+        )  # fmt: skip
+
+    first = step()
+    for _ in range(20):
+        for a, b in zip(first, step(), strict=True):
+            assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b in zip(first, captured, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keys", [40_000, 300_007])
+def test_equal_scores_are_taken_by_position(keys, cuda_device):
+    q, k = (torch.randn(1, 2, n, 64, device=cuda_device).bfloat16() for n in (1, keys))
+    q_index = torch.zeros(1, 1, 1, 16, device=cuda_device)
+    k_index = torch.randn(1, 1, keys, 16, device=cuda_device).half()
+    _, _, selected, counts, mass = ops.sparse_decode(
+        q, k, k, [1], q_index, k_index, [0], 0.5, 100, 100, 4, 7, 0.125, beyond_window=False
+    )
+    far = keys - 104
+    need = -(-keys // 2) - 104
+    assert abs(counts.item() - need) <= 1 and abs(mass.item() - 0.5) < 1e-4
+    bits = (selected[0, 0, 0, :, None].cpu() >> torch.arange(WORD) & 1).flatten()
+    assert bits[4 : 4 + counts.item()].all() and bits.sum() == counts.item() < far
