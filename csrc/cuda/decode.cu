@@ -87,8 +87,8 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   // Rounded down: one block too many would double the time.
   const int64_t wanted =
       kBlocksOfSm * sm_count / std::max<int64_t>(1, params.batch * params.sets_count);
-  return static_cast<int>(
-      std::max<int64_t>(1, std::min(wanted, divide_up(most_keys(params), kTile))));
+  return static_cast<int>(std::max<int64_t>(
+      1, std::min({wanted, divide_up(most_keys(params), kTile), kMostParts / 2})));
 }
 
 size_t decode_workspace(const DecodeParams& params) {

@@ -50,15 +50,18 @@ cudaError_t find_residency(const void* kernel, int threads, int blocks_of_sm, in
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const std::lock_guard lock(mutex);
-  const auto at = known.find({device, kernel});
-  if (at != known.end()) {
-    found = at->second;
-    return cudaSuccess;
+  const auto [at, is_new] = known.try_emplace({device, kernel});
+  if (is_new) {
+    const cudaError_t error =
+        measure(kernel, device, threads, blocks_of_sm, least_shared, at->second);
+    if (error != cudaSuccess) {
+      at->second.blocks = 0;
+      if (error != cudaErrorCooperativeLaunchTooLarge) known.erase(at);
+      return error;
+    }
   }
-  if (const cudaError_t error = measure(kernel, device, threads, blocks_of_sm, least_shared, found))
-    return error;
-  known[{device, kernel}] = found;
-  return cudaSuccess;
+  found = at->second;
+  return found.blocks > 0 ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge;
 }
 
 }  // namespace rtpurbo::cuda

@@ -221,7 +221,8 @@ int near_splits(const DecodeParams& p, int near_sets, int blocks) {
   const int64_t window = std::max(p.window, p.near_window) + p.sinks;
   const int64_t most = std::min(std::max(window, p.slots), p.length);
   const int64_t wanted = blocks / std::max<int64_t>(1, p.batch * near_sets);
-  return static_cast<int>(std::max<int64_t>(1, std::min(wanted, divide_up(most, kTile))));
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min({wanted, divide_up(most, kTile), kMostParts / 2})));
 }
 
 /// Takes the workspace apart, or with a null base only measures it.
@@ -243,45 +244,56 @@ size_t lay_out(const SparseDecodeParams& p, const SparseDecodePlan& plan, char* 
   return offset;
 }
 
-}  // namespace
-
-bool sparse_decode_fits(const SparseDecodeParams& params) {
-  const DecodeParams& d = params.decode;
+/// Whether rows may be loaded 16 bytes at a time, and index keys whole.
+bool takes(const SparseDecodeParams& p) {
   constexpr int64_t kSize = 2;
-  const bool aligned = rows_are_aligned(d.q, kSize) && rows_are_aligned(d.k, kSize) &&
-                       rows_are_aligned(d.v, kSize) && rows_are_aligned(d.k_local, kSize) &&
-                       rows_are_aligned(d.v_local, kSize);
-  SparseDecodePlan plan;
-  return d.type != ElementType::kFloat32 && params.select.k_type == ElementType::kFloat16 &&
-         keys_are_wide(params.select) && aligned && plan_sparse_decode(params, plan) == cudaSuccess;
+  const DecodeParams& d = p.decode;
+  return d.type != ElementType::kFloat32 && p.select.k_type == ElementType::kFloat16 &&
+         keys_are_wide(p.select) && rows_are_aligned(d.q, kSize) && rows_are_aligned(d.k, kSize) &&
+         rows_are_aligned(d.v, kSize) && rows_are_aligned(d.k_local, kSize) &&
+         rows_are_aligned(d.v_local, kSize);
 }
 
+template <typename T, int kDim, int kBlocks>
+cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
+  constexpr int kNearBytes = Shape<T, kDim, kBlocks>::kNearBytes;
+  Residency residency;
+  if (const cudaError_t error =
+          find_residency(reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks>),
+                         kSelectThreads, kBlocks, kNearBytes, residency)) {
+    return error;
+  }
+  plan.blocks_of_sm = kBlocks;
+  plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes);
+  plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
+  plan.near_splits = near_splits(p.decode, sort_sets(p.decode).near_count, residency.blocks);
+  Workspace w;
+  plan.workspace_bytes = lay_out(p, plan, nullptr, w);
+  return cudaSuccess;
+}
+
+}  // namespace
+
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan) {
+  if (!takes(params)) return cudaErrorNotSupported;
   int device = 0, sm_count = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error =
           cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device)) {
     return error;
   }
-  plan.blocks_of_sm = wants_two_blocks(params, sm_count) ? 2 : 1;
-  return dispatch_shape(
-      params.decode, plan.blocks_of_sm,
-      [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
-        using S = Shape<T, kDim, kBlocks>;
-        Residency residency;
-        if (const cudaError_t error = find_residency(
-                reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks>),
-                kSelectThreads, kBlocks, S::kNearBytes, residency)) {
-          return error;
-        }
-        plan.select = plan_teams(params.select, residency.blocks, residency.shared_bytes);
-        plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, S::kNearBytes);
-        plan.near_splits =
-            near_splits(params.decode, sort_sets(params.decode).near_count, residency.blocks);
-        Workspace w;
-        plan.workspace_bytes = lay_out(params, plan, nullptr, w);
-        return cudaSuccess;
-      });
+  // Where shared memory is small, the other shape may still fit.
+  cudaError_t error = cudaErrorNotSupported;
+  for (const int blocks : {wants_two_blocks(params, sm_count) ? 2 : 1, 2}) {
+    error = dispatch_shape(params.decode, blocks,
+                           [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
+                             return plan_shape<T, kDim, kBlocks>(params, plan);
+                           });
+    if (error == cudaSuccess) return error;
+  }
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidValue
+             ? cudaErrorNotSupported
+             : error;
 }
 
 cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,

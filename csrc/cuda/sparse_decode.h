@@ -23,11 +23,9 @@ struct SparseDecodePlan {
   size_t workspace_bytes;
 };
 
-/// Whether the kernel takes these types, dimensions and alignments.
-bool sparse_decode_fits(const SparseDecodeParams& params);
-
 /// One launch: near keys of all heads and the scan of the index keys, selection, attention to the
 /// selected keys, and the merge. Blocks meet at barriers; reruns give the same bits.
+/// cudaErrorNotSupported: types, dimensions, alignments or a device that the kernel does not take.
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan);
 cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,
                                  void* workspace, cudaStream_t stream);

@@ -146,13 +146,14 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   params.select.mass_ptr = mass.mutable_data_ptr<float>();
   params.select.min_members = min_members(min_tokens, block_size);
   params.select.p = p;
-  if (!cuda::sparse_decode_fits(params)) {
+  cuda::SparseDecodePlan plan;
+  const cudaError_t planned = cuda::plan_sparse_decode(params, plan);
+  if (planned == cudaErrorNotSupported) {
     return composed(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window, near_window,
                     sinks, min_tokens, scale, block_size, beyond_window, offset, k_local, v_local,
                     start, length, codes, ranges);
   }
-  cuda::SparseDecodePlan plan;
-  RTPURBO_CUDA_CHECK(kOp, cuda::plan_sparse_decode(params, plan));
+  RTPURBO_CUDA_CHECK(kOp, planned);
   const at::Tensor workspace =
       at::empty({static_cast<int64_t>(plan.workspace_bytes)}, q.options().dtype(at::kByte));
   RTPURBO_CUDA_CHECK(kOp, cuda::launch_sparse_decode(params, plan, workspace.mutable_data_ptr(),

@@ -69,7 +69,7 @@ def scored_keys(arguments: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(100))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     arguments = draw(seed, dtype)
     result = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments))]

@@ -41,7 +41,7 @@ struct Parts {
   __device__ int64_t place(int i) const { return i < first.count ? i : i - first.count; }
 };
 
-constexpr int kMostParts = 1024;
+constexpr int64_t kMostParts = 1024;
 
 struct MergeShared {
   float shares[kMostParts];
@@ -56,7 +56,7 @@ __device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, 
                               MergeShared& shared) {
   constexpr float kLn2 = 0.6931471805599453f;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  constexpr int kOwn = kMostParts / kMergeThreads;
+  constexpr int kOwn = static_cast<int>(kMostParts / kMergeThreads);
   float2 own[kOwn];
   float largest = -INFINITY;
 #pragma unroll

@@ -16,6 +16,9 @@ inline bool keys_are_wide(const SelectParams& p) {
          (p.coded == 0 || coded_blocks_are_packed(p.codes, p.ranges, p.code_bits));
 }
 
+/// The last stages merge a part of each block.
+constexpr int64_t kMostInTeam = 512;
+
 constexpr int64_t kMembersAtOnce = 1 << 25;
 
 /// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores.
@@ -27,7 +30,8 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   SelectPlan plan{};
   plan.teams = static_cast<int>(std::min({problems, fitting, static_cast<int64_t>(blocks)}));
   const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
-  plan.team_size = static_cast<int>(std::min<int64_t>(blocks / std::max(plan.teams, 1), most));
+  plan.team_size =
+      static_cast<int>(std::min({static_cast<int64_t>(blocks / plan.teams), most, kMostInTeam}));
   plan.blocks = blocks;
   plan.warp_groups = static_cast<int>(divide_up(groups, plan.team_size * kSelectWarps));
   const size_t bytes =
