@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/TIME.json")
+    parser.add_argument("--plot", type=Path, help="also draw times over keys, .png or .svg")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(BENCHMARKS)
     if unknown:
@@ -67,6 +68,10 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {output}")
+    if arguments.plot:
+        from benchmarks.plot import plot  # matplotlib is an extra
+
+        plot(report, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -75,21 +75,19 @@ class Step:
             1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, **self.coded,
         )[0]  # fmt: skip
 
-    def dense(self, backend: SDPBackend, packed: bool) -> Tensor:
-        """`packed`: the query heads of a KV head as rows, which lets a kernel read K once."""
+    def fixed_blocks(self) -> Tensor:
+        """Quest's budget: as many tokens, in blocks of 16 by their mass under the index."""
+        return ops.sparse_decode(
+            self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
+            1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=16, **self.coded,
+        )[0]  # fmt: skip
+
+    def dense(self, backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
-            if not packed:
-                return sdpa(self.q, self.k, self.v, enable_gqa=True)
-            rows = self.q.view(self.q.shape[0], KV_HEADS, HEADS // KV_HEADS, DIM)
-            return sdpa(rows, self.k, self.v)
+            return sdpa(self.q, self.k, self.v, enable_gqa=True)
 
 
-BASELINES = {
-    "flash": (SDPBackend.FLASH_ATTENTION, False),
-    "flash, heads as rows": (SDPBackend.FLASH_ATTENTION, True),
-    "cudnn": (SDPBackend.CUDNN_ATTENTION, False),
-    "cudnn, heads as rows": (SDPBackend.CUDNN_ATTENTION, True),
-}
+BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PARTS = {
     "step": Step.whole,
     "near_lse": Step.near_lse,
@@ -100,6 +98,13 @@ PARTS = {
 
 def all_of(steps: list[Step], call: Callable[[Step], object]) -> Callable[[], object]:
     return lambda: [call(step) for step in steps]
+
+
+def baselines(steps: list[Step]) -> dict[str, Callable[[], object]]:
+    runs = {name: all_of(steps, lambda step, b=b: step.dense(b)) for name, b in BASELINES.items()}
+    if steps[0].k.shape[2] > WINDOW + SINKS:
+        runs["fixed blocks of 16"] = all_of(steps, Step.fixed_blocks)
+    return runs
 
 
 EVERY_HEAD = list(range(HEADS))
@@ -128,12 +133,7 @@ def decode_cuda() -> Iterator[Case]:
             yield Case(
                 parameters={"part": part, **shape, "selected": SELECTED},
                 run=all_of(steps, call),
-                baselines={
-                    name: all_of(steps, lambda step, a=a: step.dense(*a))
-                    for name, a in BASELINES.items()
-                }
-                if part == "step"
-                else {},
+                baselines=baselines(steps) if part == "step" else {},
                 rounds=len(steps),
                 device="cuda",
             )

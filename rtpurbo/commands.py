@@ -345,15 +345,18 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks [default: all].")] = None,
     repeats: Annotated[int, typer.Option(help="Runs, of which the median counts.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Results, JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Times over keys, .png or .svg.")] = None,
 ) -> None:
     """Run the operator benchmarks of a source checkout."""
     root = Path(rtpurbo.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "__main__.py").is_file():
         _fail("the benchmarks come with a source checkout; clone the repository and `make bench`")
-    _check_files(output)
+    _check_files(output, picture=plot)
     command = [sys.executable, "-m", "benchmarks", *(names or []), "--repeats", str(repeats)]
     if output is not None:
         command += ["--output", str(output.resolve())]
+    if plot is not None:
+        command += ["--plot", str(plot.resolve())]
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 

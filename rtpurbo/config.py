@@ -39,7 +39,7 @@ class RTPurboConfig:
         share_index_keys: one index key per KV head instead of one per retrieval head.
         index_bits: bits of an index-key dimension, once its token is outside the window: 16, or 8
             or 4 with a minimum and a step for each block of 64 tokens. A key of r = 16 then weighs
-            32, 17 or 9 bytes. Below 16 on the CPU only.
+            32, 17 or 9 bytes. On CUDA below 16 not with chunks of a sparse prefill.
     """
 
     heads: HeadMap

@@ -222,10 +222,11 @@ def test_bench_runs_the_checkout(monkeypatch, tmp_path):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("rtpurbo.commands.subprocess.run", record)
-    run("bench", "decode", "--repeats", 1, "-o", tmp_path / "r.json")
+    files = ("-o", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    run("bench", "decode", "--repeats", 1, *files)
     ((command, root),) = calls
     assert command == ["-m", "benchmarks", "decode", "--repeats", "1", "--output",
-                       str(tmp_path / "r.json")]  # fmt: skip
+                       str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]  # fmt: skip
     assert (root / "benchmarks" / "__main__.py").is_file()
     monkeypatch.setattr("rtpurbo.__file__", str(tmp_path / "rtpurbo" / "__init__.py"))
     assert "source checkout" in run("bench", code=2)

@@ -20,8 +20,7 @@ def top_p() -> None:
 
 def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> None:
     heads, window, sinks, scale = [0, 3, 4], 40, 3, dim**-0.5
-    q, k, v = draw(2, 6, 1, dim, dtype=dtype), draw(2, 2, keys, dim, dtype=dtype), None
-    v = draw(2, 2, keys, dim, dtype=dtype)
+    q, k, v = (draw(2, h, n, dim, dtype=dtype) for h, n in ((6, 1), (2, keys), (2, keys)))
     start = torch.tensor([0, keys // 3], device=CUDA)
     near = ops.near_lse(q, k, heads, [0, 1, 1], window, sinks, scale, start)
     for near_lse in (near, None):
@@ -35,6 +34,21 @@ def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> Non
                 q, k, v, heads, window, window, sinks, scale, indices=indices, counts=counts,
                 block_size=block_size, start=start,
             )  # fmt: skip
+
+
+def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits: int) -> None:
+    q, k, v = (draw(2, h, n, dim, dtype=dtype) for h, n in ((18, 1), (2, keys), (2, keys)))
+    k_index, more = draw(2, 3, keys, 16, dtype=torch.float16), {}
+    if bits < 16:
+        far = keys // 2 // 64 * 64
+        codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
+        k_index, more = k_index[:, :, far:], dict(codes=codes, ranges=ranges)
+    for p, beyond in ((0.8, True), (1.0, False)):
+        ops.sparse_decode(
+            q, k, v, [0, 9, 17], draw(2, 3, 1, 16, dtype=torch.float16), k_index, [0, 1, 2], p,
+            40, 40, 3, 20, dim**-0.5, block_size, beyond,
+            start=torch.tensor([0, keys // 3], device=CUDA), **more,
+        )  # fmt: skip
 
 
 def prefill(dim: int, dtype: torch.dtype) -> None:
@@ -82,4 +96,7 @@ for dim, dtype in (
     decode_step(dim, dtype, 333, 1)
 decode_step(64, torch.bfloat16, 9000, 1)
 decode_step(64, torch.bfloat16, 700, 16)
+for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333, 64, 16)):
+    dim, keys, block_size, bits = case
+    sparse_decode(dim, torch.bfloat16, keys, block_size, bits)
 torch.cuda.synchronize()

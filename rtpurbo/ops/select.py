@@ -45,7 +45,7 @@ def select(
         offset: [R], added to the logits.
         start: int64 [B], first real key of each sequence (left padding).
         capacity: room for members, 0 for ceil(N / block_size).
-        exact: False may add the rest of the threshold's histogram bin (see top_p).
+        exact: False may add the rest of the threshold's histogram bin (see top_p); CUDA never does.
         codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
 
     Returns:
@@ -56,7 +56,6 @@ def select(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range, device or dtype.
-        NotImplementedError: codes on CUDA.
     """
     return rtpurbo_ops.select(
         q_index,

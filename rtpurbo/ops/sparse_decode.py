@@ -58,7 +58,6 @@ def sparse_decode(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range, device or dtype.
-        NotImplementedError: codes on CUDA.
     """
     return rtpurbo_ops.sparse_decode(
         q,
