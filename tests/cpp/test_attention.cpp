@@ -7,6 +7,7 @@
 #include "csrc/ops/attention_backward.h"
 #include "csrc/ops/decode.h"
 #include "csrc/ops/near_lse.h"
+#include "csrc/ops/sparse_decode.h"
 
 namespace {
 
@@ -120,4 +121,29 @@ TEST_CASE("attention names what is wrong", "[attention]") {
                     Catch::Contains("retrieval_heads must be ascending head numbers in [0, 6)"));
   CHECK_THROWS_WITH(rtpurbo::near_lse(in.q, in.k, {0}, {0}, 0, kSinks, kScale),
                     Catch::Contains("window must be >= 1, got 0"));
+}
+
+TEST_CASE("sparse_decode attends to what it selects", "[sparse_decode]") {
+  constexpr int64_t kKeys = 130;
+  const auto [q, k, v] = make_inputs(1, kKeys);
+  const at::Tensor q_index = at::randn({2, 2, 1, 4});
+  const at::Tensor k_index = at::randn({2, 2, kKeys, 4});
+  const auto step = [&](double p, int64_t floor) {
+    return rtpurbo::sparse_decode(q, k, v, kRetrievalHeads, q_index, k_index, {0, 1}, p, kWindow,
+                                  kWindow, kSinks, floor, kScale);
+  };
+  const auto [out, lse, selected, counts, mass] = step(1.0, 0);
+  const auto dense = rtpurbo::decode(q, k, v, kRetrievalHeads, kWindow, kWindow, kSinks, kScale);
+  CHECK(at::allclose(out, std::get<0>(dense), 1e-10, 1e-12));
+  CHECK(at::allclose(lse, std::get<1>(dense), 1e-10, 1e-12));
+  CHECK(counts.eq(kKeys - kWindow - kSinks).all().item<bool>());
+  CHECK(mass.allclose(at::ones_like(mass)));
+  // Far keys are 4 to 89 of words of 64.
+  const at::Tensor words = at::tensor({~int64_t{15}, (int64_t{1} << (90 - 64)) - 1, int64_t{0}});
+  CHECK(selected.eq(words).all().item<bool>());
+
+  const auto few = step(1e-9, 7);
+  CHECK(std::get<3>(few).eq(7).all().item<bool>());
+  CHECK_FALSE(at::allclose(std::get<0>(few), out, 1e-3, 1e-3));
+  CHECK_THROWS_WITH(step(0.0, 0), Catch::Contains("sparse_decode: p must be in (0, 1], got 0"));
 }
