@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.registry import Case, benchmark
 from rtpurbo import ops
+from rtpurbo.attention import READ_ALL_BYTES
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
 RETRIEVAL = [1, 9, 10, 17, 30]
@@ -66,10 +67,15 @@ class Step:
         )[0]
 
     def whole(self) -> Tensor:
-        if self.k.shape[2] <= WINDOW + SINKS:  # as a model does
-            return ops.decode(self.q, self.k, self.v, self.retrieval, WINDOW, WINDOW, SINKS, SCALE)[
-                0
-            ]
+        """As a model does it."""
+        far = self.k.shape[2] - WINDOW - SINKS
+        batch, owners = self.k.shape[0], len(set(self.owners))
+        if far * 2 * batch * owners * DIM * self.k.element_size() <= READ_ALL_BYTES:
+            layer = self.q, self.k, self.v, self.retrieval
+            return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
+        return self.select_and_attend()
+
+    def select_and_attend(self) -> Tensor:
         return ops.sparse_decode(
             self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
             1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, **self.coded,
@@ -90,6 +96,7 @@ class Step:
 BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PARTS = {
     "step": Step.whole,
+    "sparse_decode": Step.select_and_attend,
     "near_lse": Step.near_lse,
     "select": Step.select,
     "attend": Step.attend,

@@ -52,7 +52,11 @@ def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any
     heads = found_heads(arguments, model, tokenizer)
     length = arguments.train_length
     config = rtpurbo.RTPurboConfig(
-        heads=heads, window=length // 8, index=arguments.form, prefill=arguments.prefill
+        heads=heads,
+        window=length // 8,
+        index=arguments.form,
+        prefill=arguments.prefill,
+        select_from=0,
     )
     rtpurbo.sparsify(model, config)
     layers = state(model).index.layers

@@ -40,6 +40,8 @@ class RTPurboConfig:
         index_bits: bits of an index-key dimension, once its token is outside the window: 16, or 8
             or 4 with a minimum and a step for each block of 64 tokens. A key of r = 16 then weighs
             32, 17 or 9 bytes. On CUDA below 16 not with chunks of a sparse prefill.
+        select_from: keys outside window and sinks from which decode selects; the retrieval heads
+            read all of fewer. None: selects on a CPU, and on CUDA where selecting costs less.
     """
 
     heads: HeadMap
@@ -54,6 +56,7 @@ class RTPurboConfig:
     prefill: Literal["dense", "sparse"] = "dense"
     share_index_keys: bool = False
     index_bits: int = 16
+    select_from: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.heads, HeadMap):
@@ -73,6 +76,13 @@ class RTPurboConfig:
                 raise ValueError(
                     f"rtpurbo.RTPurboConfig: {name} must be one of {choices}, got {value!r}"
                 )
+        if self.select_from is not None and (
+            type(self.select_from) is not int or self.select_from < 0
+        ):
+            raise ValueError(
+                "rtpurbo.RTPurboConfig: select_from must be None or an int >= 0, "
+                f"got {self.select_from!r}"
+            )
         if not isinstance(self.top_p, float | int) or not 0 < self.top_p <= 1:
             raise ValueError(f"rtpurbo.RTPurboConfig: top_p must be in (0, 1], got {self.top_p!r}")
 

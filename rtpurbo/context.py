@@ -34,8 +34,8 @@ class LastForward:
         batch: B.
         scale: of the logits.
         indices, counts, mass: of `select_tiles`; None if heads ran dense.
-        selected, counts, mass: of `sparse_decode`; None if every key was near or the layer has no
-            retrieval head.
+        selected, counts, mass: of `sparse_decode`; None if decode read every key, or the layer has
+            no retrieval head.
         q, lse: of a decode step, for the true mass.
         cache: the layer's cache, if it is still alive.
         kv_bytes, index_bytes, dense_bytes: what that cache held.

@@ -154,7 +154,7 @@ def test_duo_attention(heads, tmp_path):
     {"window": 0}, {"window": 1.5}, {"sinks": -1}, {"index_dim": 0}, {"index": "both"},
     {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": float("nan")}, {"min_tokens": -1}, {"recent": 0},
     {"block_size": 8}, {"block_size": True}, {"prefill": "lazy"}, {"share_index_keys": 1},
-    {"index_bits": 2},
+    {"index_bits": 2}, {"select_from": -1}, {"select_from": True},
 ])  # fmt: skip
 def test_refused_configurations(heads, change):
     (name,) = change
@@ -170,7 +170,9 @@ def test_configuration_needs_a_head_map():
 
 
 def test_configuration_round_trip(heads):
-    config = RTPurboConfig(heads=heads, window=64, index="full", block_size=16, top_p=1)
+    config = RTPurboConfig(
+        heads=heads, window=64, index="full", block_size=16, top_p=1, select_from=9
+    )
     data = json.loads(json.dumps(config.to_dict()))
     assert RTPurboConfig.from_dict(data) == config
     with pytest.warns(UserWarning, match="unknown keys"):

@@ -1,9 +1,12 @@
 """What sparse decode selects and gives, against the references; what `stats` says about it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import rtpurbo
+from rtpurbo.attention import READ_ALL_BYTES, _select_from
 from rtpurbo.patching import state
 from tests import reference
 from tests.models.tiny import (
@@ -17,6 +20,7 @@ from tests.models.tiny import (
     in_pieces,
     padded,
     tiny,
+    tokens,
     whole,
 )
 
@@ -90,6 +94,35 @@ def test_decode_of_the_first_layer(settings):
     last = state(model).layers[0].last
     assert torch.equal(last.counts, counts.int())
     torch.testing.assert_close(last.mass.double(), mass, atol=1e-3, rtol=1e-3)
+
+
+def test_few_far_keys_are_all_read():
+    """80 far keys are read, of 81 some are selected."""
+    ids, logits = tokens(91), {}
+    near = {"window": WINDOW, "sinks": SINKS, "min_tokens": 1}
+    for settings in ({"top_p": 1.0}, {"top_p": 0.05, "select_from": 81}):
+        model = rtpurbo.sparsify(tiny(), config(**near, **settings))
+        logits[settings["top_p"]] = in_pieces(model, ids, [89, 1, 1])
+    torch.testing.assert_close(logits[0.05][:, :90], logits[1.0][:, :90], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits[0.05][:, 90], logits[1.0][:, 90], atol=1e-2)
+    last = state(model).layers[0].last
+    assert last.keys == 91 and (last.counts < 81).all()
+    model = rtpurbo.sparsify(tiny(), config(**near, top_p=0.05, select_from=81))
+    in_pieces(model, ids[:, :90], [89, 1])
+    assert state(model).layers[0].last.counts is None
+    assert rtpurbo.stats(model)["attended_tokens"] == pytest.approx((3 * 90 + 3 * 10) / 6)
+
+
+def test_a_gpu_selects_where_reading_all_keys_costs_more():
+    model = rtpurbo.sparsify(tiny(), config())
+    context = state(model).layers[0]
+    q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
+    least = _select_from(context, q)
+    assert len(context.full_kv_heads) == 2
+    bytes_of_key = 2 * 2 * 2 * 128 * 2  # K and V, batch, KV heads, D, bf16
+    assert (least - 1) * bytes_of_key <= READ_ALL_BYTES < least * bytes_of_key
+    q.device = torch.device("cpu")
+    assert _select_from(context, q) == 1
 
 
 @pytest.mark.parametrize("index", ["beyond_window", "full"])
