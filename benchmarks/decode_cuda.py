@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.registry import Case, benchmark
 from rtpurbo import ops
-from rtpurbo.attention import READ_ALL_BYTES
+from rtpurbo.attention import SPARED_BYTES
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
 RETRIEVAL = [1, 9, 10, 17, 30]
@@ -34,7 +34,7 @@ class Step:
 
         group = HEADS // KV_HEADS
         owners = [head // group for head in retrieval]
-        self.retrieval, self.owners = retrieval, owners
+        self.retrieval, self.owners, self.bits = retrieval, owners, bits
         self.index_map = owners if shared else list(range(len(retrieval)))
         self.q = draw(batch, HEADS, 1, DIM)
         self.k, self.v = draw(batch, KV_HEADS, keys, DIM), draw(batch, KV_HEADS, keys, DIM)
@@ -69,8 +69,9 @@ class Step:
     def whole(self) -> Tensor:
         """As a model does it."""
         far = self.k.shape[2] - WINDOW - SINKS
-        batch, owners = self.k.shape[0], len(set(self.owners))
-        if far * 2 * batch * owners * DIM * self.k.element_size() <= READ_ALL_BYTES:
+        read = len(set(self.owners)) * 2 * DIM * self.k.element_size()
+        spared = self.k.shape[0] * far * (read - len(self.retrieval) * INDEX_DIM * self.bits // 8)
+        if spared <= SPARED_BYTES:
             layer = self.q, self.k, self.v, self.retrieval
             return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
         return self.select_and_attend()

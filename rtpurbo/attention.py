@@ -12,6 +12,7 @@ Every row sees its near keys in 16 bits: the cache quantises at the end of a for
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -27,9 +28,8 @@ IMPLEMENTATION = "rtpurbo"
 TILE = 128
 TILE_BLOCK = 64
 _MIN_TILE_BLOCKS = 4
-READ_ALL_BYTES = 1 << 27
-"""Far keys and values that a GPU reads sooner than it selects: a selection takes about 45 us on an
-H100 whatever it chooses from, and these as long."""
+SPARED_BYTES = 1 << 27
+"""What a selection must spare a GPU to read: the time of its stages, about 45 us on an H100."""
 
 
 def min_tile_blocks(config: RTPurboConfig) -> int:
@@ -223,8 +223,10 @@ def _select_from(context: LayerContext, q: Tensor) -> int:
     if q.device.type != "cuda":
         return 1
     batch, _, _, dim = q.shape
-    bytes_of_key = 2 * batch * len(context.full_kv_heads) * dim * q.element_size()
-    return READ_ALL_BYTES // bytes_of_key + 1
+    read = len(context.full_kv_heads) * 2 * dim * q.element_size()
+    scanned = len(context.heads) * config.index_dim * config.index_bits // 8
+    spared = batch * (read - scanned)  # bytes a far key
+    return SPARED_BYTES // spared + 1 if spared > 0 else sys.maxsize
 
 
 def _project(context: LayerContext, needed: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rtpurbo
-from rtpurbo.attention import READ_ALL_BYTES, _select_from
+from rtpurbo.attention import SPARED_BYTES, _select_from
 from rtpurbo.patching import state
 from tests import reference
 from tests.models.tiny import (
@@ -114,15 +114,18 @@ def test_few_far_keys_are_all_read():
 
 
 def test_a_gpu_selects_where_reading_all_keys_costs_more():
-    model = rtpurbo.sparsify(tiny(), config())
+    model = rtpurbo.sparsify(tiny(), config(index_bits=8))
     context = state(model).layers[0]
     q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
     least = _select_from(context, q)
     assert len(context.full_kv_heads) == 2
-    bytes_of_key = 2 * 2 * 2 * 128 * 2  # K and V, batch, KV heads, D, bf16
-    assert (least - 1) * bytes_of_key <= READ_ALL_BYTES < least * bytes_of_key
+    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte
+    spared = 2 * (2 * 2 * 128 * 2 - 3 * 8)
+    assert (least - 1) * spared <= SPARED_BYTES < least * spared
     q.device = torch.device("cpu")
     assert _select_from(context, q) == 1
+    q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
+    assert _select_from(context, q) > 2**31  # an index key weighs more than a key
 
 
 @pytest.mark.parametrize("index", ["beyond_window", "full"])
