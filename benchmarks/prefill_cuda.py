@@ -35,7 +35,7 @@ def near_pairs(keys: int) -> int:
     return (
         dense_pairs(min(keys, WINDOW))
         + far * WINDOW
-        + sum(range(min(far, SINKS)))
+        + sum(range(1, min(far, SINKS) + 1))
         + (max(0, far - SINKS) * SINKS)
     )
 

@@ -7,7 +7,8 @@
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
-Every row sees its near keys in 16 bits: the cache quantises at the end of a forward (`settle`).
+Rows score the keys of their window in 16 bits: the cache quantises at the end of a forward
+(`settle`).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class HeadwiseLayer(CacheLayerMixin):
         `settle` must follow once they are attended.
         """
         if k_index is not None and self.index_bits < 16 and "index_codes" not in self.tensors:
-            # No codes yet, but a device without the kernel refuses here and not blocks later.
+            # No codes yet, but their shapes and types.
             nothing = ops.quantize_index(k_index[:, :, :0], self.index_bits)
             self.tensors["index_codes"], self.tensors["index_ranges"] = nothing
         if self.length == 0:

@@ -39,9 +39,10 @@ class RTPurboConfig:
         share_index_keys: one index key per KV head instead of one per retrieval head.
         index_bits: bits of an index-key dimension, once its token is outside the window: 16, or 8
             or 4 with a minimum and a step for each block of 64 tokens. A key of r = 16 then weighs
-            32, 17 or 9 bytes. On CUDA below 16 not with chunks of a sparse prefill.
+            32, 17 or 9 bytes.
         select_from: keys outside window and sinks from which decode selects; the retrieval heads
-            read all of fewer. None: selects on a CPU, and on CUDA where selecting costs less.
+            read all of fewer. None: 1 on a CPU; on CUDA what spares a layer's batch 128 MiB of keys
+            and values, below which selecting is slower, so that more of a short context is read.
     """
 
     heads: HeadMap

@@ -18,6 +18,18 @@ __device__ __forceinline__ T from_float(float value) {
   return static_cast<T>(value);
 }
 
+/// Element i, whose type is known at run time only.
+__device__ __forceinline__ float load_as_float(ElementType type, const void* ptr, int64_t i) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return static_cast<const float*>(ptr)[i];
+    case ElementType::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(ptr)[i]);
+    default:
+      return to_float(static_cast<const __half*>(ptr)[i]);
+  }
+}
+
 /// Calls fn(T{}) for the element type T that `type` names.
 template <typename Fn>
 cudaError_t dispatch_element(ElementType type, Fn&& fn) {

@@ -6,11 +6,10 @@
 
 #include "csrc/cuda/element_type.h"
 #include "csrc/cuda/head_list.h"
+#include "csrc/cuda/limits.h"
 #include "csrc/ops/common/heads_view.h"
 
 namespace rtpurbo::cuda {
-
-constexpr int kMaxIndexDim = 512;
 
 struct SelectParams {
   ElementType q_type, k_type;

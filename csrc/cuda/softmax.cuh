@@ -14,6 +14,12 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+/// Log of sum 2^maximum, in nats.
+__device__ __forceinline__ float lse_of_octaves(float maximum, float sum) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  return (maximum + log2f(sum)) * kLn2;
+}
+
 /// What is subtracted from scores before the exponential: their maximum, 0 when there is none.
 __device__ __forceinline__ float softmax_shift(float maximum) {
   return maximum == -INFINITY ? 0.0f : maximum;

@@ -1,8 +1,11 @@
 #include <cooperative_groups.h>
 
+#include <algorithm>
+
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/decode/merge.cuh"
 #include "csrc/cuda/decode/split_mma.cuh"
+#include "csrc/cuda/integers.h"
 #include "csrc/cuda/residency.h"
 #include "csrc/cuda/select/plan.h"
 #include "csrc/cuda/sparse_decode.h"
@@ -55,7 +58,6 @@ __device__ __forceinline__ int near_slot(const DecodeParams& p, int head) {
 
 /// The near keys' log-sum-exp of a retrieval head, for a whole warp.
 __device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t batch, int slot) {
-  constexpr float kLn2 = 0.6931471805599453f;
   const PartRun run = run_of_slot(p, near, batch, slot);
   SoftmaxSum sum;
 #pragma unroll 2
@@ -69,7 +71,7 @@ __device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t b
                __shfl_xor_sync(0xffffffffu, sum.sum, step)},
               1.0f);
   }
-  return (sum.maximum + log2f(sum.sum)) * kLn2;
+  return lse_of_octaves(sum.maximum, sum.sum);
 }
 
 template <typename T, int kDim, int kBlocks>
@@ -114,7 +116,8 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     if (!team.works) break;
     const DecodeSet& set = d.sets[sets.listed[row.head]];
     const int head = d.slot_heads[set.first_slot];
-    const auto near_log_mass = [&] {
+    const auto near_log_mass = [&]() -> float {
+      if (row.position < row.start) return -INFINITY;
       const float near = near_lse(d, w.near, row.batch, near_slot(d, head));
       return p.select.offset_ptr ? near - p.select.offset_ptr[row.head] : near;
     };
@@ -183,21 +186,17 @@ bool wants_two_blocks(const SparseDecodeParams& p, int sm_count) {
   return p.decode.dim <= 128 && p.select.batch * p.select.heads * members > kManyScores * sm_count;
 }
 
-/// Calls fn(shape) for the element type, head dim and blocks; cudaErrorInvalidValue for others.
+/// Calls fn(shape) for the element type, head dim and blocks; cudaErrorNotSupported for others.
 template <typename Fn>
 cudaError_t dispatch_shape(const DecodeParams& p, int blocks_of_sm, const Fn& fn) {
   return dispatch_element(p.type, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      if (p.dim == 64) {
-        return blocks_of_sm == 2 ? fn(Shape<T, 64, 2>()) : fn(Shape<T, 64, 1>());
-      }
-      if (p.dim == 128) {
-        return blocks_of_sm == 2 ? fn(Shape<T, 128, 2>()) : fn(Shape<T, 128, 1>());
-      }
+      if (p.dim == 64) return blocks_of_sm == 2 ? fn(Shape<T, 64, 2>()) : fn(Shape<T, 64, 1>());
+      if (p.dim == 128) return blocks_of_sm == 2 ? fn(Shape<T, 128, 2>()) : fn(Shape<T, 128, 1>());
       if (p.dim == 256) return fn(Shape<T, 256, 1>());
     }
-    return cudaErrorInvalidValue;
+    return cudaErrorNotSupported;
   });
 }
 
@@ -282,18 +281,16 @@ cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePla
           cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device)) {
     return error;
   }
+  const auto plan_with = [&](int blocks) {
+    return dispatch_shape(params.decode, blocks,
+                          [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
+                            return plan_shape<T, kDim, kBlocks>(params, plan);
+                          });
+  };
+  cudaError_t error = plan_with(wants_two_blocks(params, sm_count) ? 2 : 1);
   // Where shared memory is small, the other shape may still fit.
-  cudaError_t error = cudaErrorNotSupported;
-  for (const int blocks : {wants_two_blocks(params, sm_count) ? 2 : 1, 2}) {
-    error = dispatch_shape(params.decode, blocks,
-                           [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
-                             return plan_shape<T, kDim, kBlocks>(params, plan);
-                           });
-    if (error == cudaSuccess) return error;
-  }
-  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidValue
-             ? cudaErrorNotSupported
-             : error;
+  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2);
+  return error == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : error;
 }
 
 cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,

@@ -11,7 +11,7 @@
 #ifdef RTPURBO_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 
-#include "csrc/cuda/select.h"
+#include "csrc/cuda/limits.h"
 #include "csrc/cuda/select_tiles.h"
 #include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
@@ -78,12 +78,7 @@ Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
 }
 
 #ifdef RTPURBO_WITH_CUDA
-void check_supported(const at::Tensor& q_index, const at::Tensor& k_index, int64_t tile,
-                     const MaybeTensor& codes) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!codes,
-                              "rtpurbo::select_tiles: 4- and 8-bit index keys have no CUDA kernel "
-                              "yet; use RTPurboConfig(index_bits=16) or run on the CPU "
-                              "(model.to('cpu'))");
+void check_supported(const at::Tensor& q_index, const at::Tensor& k_index, int64_t tile) {
   cuda::check_not_double(kOp, "q_index", q_index.scalar_type());
   cuda::check_not_double(kOp, "k_index", k_index.scalar_type());
   TORCH_CHECK_VALUE(q_index.size(3) <= cuda::kMaxIndexDim,
@@ -107,11 +102,15 @@ Result select_tiles_cuda(const at::Tensor& q_index, const at::Tensor& k_index,
                          const MaybeTensor& start, int64_t capacity, std::string_view rank,
                          const MaybeTensor& codes, const MaybeTensor& ranges) {
   check_tiles(min_blocks, tile, block_size, capacity, rank);
-  const at::Tensor keys = packed_rows(k_index);
-  const IndexArguments arguments(kOp, q_index, keys, index_map, window, sinks, block_size, near_lse,
-                                 offset, start, {codes, ranges});
+  const at::Tensor packed = packed_rows(k_index);
+  const IndexArguments given(kOp, q_index, packed, index_map, window, sinks, block_size, near_lse,
+                             offset, start, {codes, ranges});
   const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, at::kFloat);
-  check_supported(q_index, k_index, tile, codes);
+  check_supported(q_index, k_index, tile);
+  // A prefill reads each key for many rows, so codes are spelt out once.
+  const at::Tensor keys = codes ? with_dequantised(packed, *codes, *ranges) : packed;
+  const IndexArguments arguments(kOp, q_index, keys, index_map, window, sinks, block_size, near_lse,
+                                 offset, start, {{}, {}});
   const cpu::IndexParams& in = arguments.params();
   const int64_t tiles = tile_count(q_index, tile);
   const int64_t room = arguments.room(capacity);

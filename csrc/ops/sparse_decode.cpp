@@ -114,6 +114,25 @@ Result composed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 }
 
 #ifdef RTPURBO_WITH_CUDA
+Result launch(const at::Tensor& q_index, const Checked& checked,
+              cuda::SparseDecodeParams& params, const cuda::SparseDecodePlan& plan) {
+  const auto empty = [&](at::IntArrayRef sizes, at::ScalarType type) {
+    return at::empty(sizes, q_index.options().dtype(type));
+  };
+  const int64_t batch = q_index.size(0), heads = q_index.size(1);
+  const at::Tensor selected = empty({batch, heads, 1, params.words}, at::kLong);
+  const at::Tensor counts = empty({batch, heads, 1}, at::kInt);
+  const at::Tensor mass = empty({batch, heads, 1}, at::kFloat);
+  params.selected_ptr = reinterpret_cast<uint64_t*>(selected.mutable_data_ptr<int64_t>());
+  params.select.counts_ptr = counts.mutable_data_ptr<int32_t>();
+  params.select.mass_ptr = mass.mutable_data_ptr<float>();
+  const at::Tensor workspace = empty({static_cast<int64_t>(plan.workspace_bytes)}, at::kByte);
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_sparse_decode(params, plan, workspace.mutable_data_ptr(),
+                                                     c10::cuda::getCurrentCUDAStream()));
+  const auto [out, lse] = checked.attended.result();
+  return {out, lse, selected, counts, mass};
+}
+
 Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
              at::IntArrayRef retrieval_heads, const at::Tensor& q_index, const at::Tensor& k_index,
              at::IntArrayRef index_map, double p, int64_t window, int64_t near_window,
@@ -124,41 +143,27 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   const Checked checked(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window,
                         near_window, sinks, min_tokens, scale, block_size, offset, k_local, v_local,
                         start, length, {codes, ranges});
-  const int64_t keys = checked.keys();
-  const auto [out, lse] = checked.attended.result();
-  const int64_t words = (keys + kWordKeys - 1) / kWordKeys;
-  const at::Tensor selected =
-      at::empty({q_index.size(0), q_index.size(1), 1, words}, q_index.options().dtype(at::kLong));
-  const at::Tensor counts =
-      at::empty({q_index.size(0), q_index.size(1), 1}, q_index.options().dtype(at::kInt));
-  const at::Tensor mass = at::empty(counts.sizes(), q_index.options().dtype(at::kFloat));
-  const Result result{out, lse, selected, counts, mass};
-  const c10::cuda::CUDAGuard guard(q.device());
-  cuda::SparseDecodeParams params{
-      .decode = cuda::decode_params(kOp, checked.attended.params()),
-      .select = cuda::select_params(kOp, checked.indexed.params()),
-      .selected_ptr = reinterpret_cast<uint64_t*>(selected.mutable_data_ptr<int64_t>()),
-      .words = words,
-  };
-  if (q.size(0) == 0) return result;
-  params.select.near_is_scored = !beyond_window;
-  params.select.counts_ptr = counts.mutable_data_ptr<int32_t>();
-  params.select.mass_ptr = mass.mutable_data_ptr<float>();
-  params.select.min_members = min_members(min_tokens, block_size);
-  params.select.p = p;
-  cuda::SparseDecodePlan plan;
-  const cudaError_t planned = cuda::plan_sparse_decode(params, plan);
-  if (planned == cudaErrorNotSupported) {
-    return composed(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window, near_window,
-                    sinks, min_tokens, scale, block_size, beyond_window, offset, k_local, v_local,
-                    start, length, codes, ranges);
+  if (q.size(0) > 0) {
+    const c10::cuda::CUDAGuard guard(q.device());
+    cuda::SparseDecodeParams params{
+        .decode = cuda::decode_params(kOp, checked.attended.params()),
+        .select = cuda::select_params(kOp, checked.indexed.params()),
+        .selected_ptr = nullptr,
+        .words = (checked.keys() + kWordKeys - 1) / kWordKeys,
+    };
+    params.select.near_is_scored = !beyond_window;
+    params.select.min_members = min_members(min_tokens, block_size);
+    params.select.p = p;
+    cuda::SparseDecodePlan plan;
+    const cudaError_t planned = cuda::plan_sparse_decode(params, plan);
+    if (planned != cudaErrorNotSupported) {
+      RTPURBO_CUDA_CHECK(kOp, planned);
+      return launch(q_index, checked, params, plan);
+    }
   }
-  RTPURBO_CUDA_CHECK(kOp, planned);
-  const at::Tensor workspace =
-      at::empty({static_cast<int64_t>(plan.workspace_bytes)}, q.options().dtype(at::kByte));
-  RTPURBO_CUDA_CHECK(kOp, cuda::launch_sparse_decode(params, plan, workspace.mutable_data_ptr(),
-                                                     c10::cuda::getCurrentCUDAStream()));
-  return result;
+  return composed(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window, near_window,
+                  sinks, min_tokens, scale, block_size, beyond_window, offset, k_local, v_local,
+                  start, length, codes, ranges);
 }
 #endif
 

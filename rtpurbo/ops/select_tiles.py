@@ -62,7 +62,8 @@ def select_tiles(
     block. float16 index tensors of r = 16 with blocks of 64 keys run on tensor cores. On Hopper,
     with near_lse, tiles of 128 rows and rank "max", block maxima are kept in float16: a weight is
     off by up to 2^-11 of its logit, and q . k beyond 65504 counts as +inf. `RTPURBO_PORTABLE=1`
-    keeps them in float32.
+    keeps them in float32. Codes are spelt out before: in float16 where k_index is, which rounds
+    them once more, otherwise in float32.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range, device or dtype.

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 
+#include "csrc/ops/common/index.h"
 #include "csrc/ops/index_kl.h"
 #include "csrc/ops/index_project.h"
 #include "csrc/ops/quantize_index.h"
@@ -131,6 +132,24 @@ TEST_CASE("quantize_index packs two dimensions a byte, and select reads them", "
                                      std::nullopt, 0, true, codes, ranges);
   CHECK(std::get<0>(coded).equal(std::get<0>(plain)));
   CHECK(std::get<2>(coded).equal(std::get<2>(plain)));
+}
+
+TEST_CASE("codes are spelt out as select reads them", "[quantize_index]") {
+  for (const int64_t bits : {4, 8}) {
+    for (const int64_t dim : {1, 5, 16}) {
+      const at::Tensor far = at::randn({2, 3, 128, dim});
+      const auto [codes, ranges] = rtpurbo::quantize_index(far, bits);
+      const at::Tensor tail = at::randn({2, 3, 7, dim});
+      const at::Tensor keys = rtpurbo::with_dequantised(tail, codes, ranges);
+      CHECK(keys.narrow(2, 128, 7).equal(tail));
+      CHECK((keys.narrow(2, 0, 128) - far).abs().max().item<float>() < (bits == 4 ? 0.3 : 0.03));
+      const at::Tensor query = at::randn({2, 3, 1, dim});
+      const auto coded = rtpurbo::select(query, tail, {0, 1, 2}, 0.5, 3, 1, 0, 1, std::nullopt,
+                                         std::nullopt, std::nullopt, 0, true, codes, ranges);
+      const auto plain = rtpurbo::select(query, keys, {0, 1, 2}, 0.5, 3, 1, 0);
+      CHECK(std::get<2>(coded).allclose(std::get<2>(plain), 1e-5, 1e-6));
+    }
+  }
 }
 
 TEST_CASE("the index operators name what is wrong", "[select][index_kl]") {

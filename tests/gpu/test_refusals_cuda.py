@@ -7,7 +7,6 @@ from rtpurbo import ops
 from tests.samples import (
     index_kl_samples,
     index_project_samples,
-    select_tiles_samples,
 )
 
 
@@ -32,13 +31,3 @@ def test_index_project_backward():
         match="rtpurbo::index_project_backward: no CUDA kernel yet; train the index on the CPU",
     ):
         q_index.sum().backward()
-
-
-def test_select_tiles_with_quantised_index_keys():
-    coded = [s for s in select_tiles_samples(torch.float32) if "codes" in s.arguments]
-    assert coded
-    for sample in coded:
-        with pytest.raises(
-            NotImplementedError, match=r"select_tiles: 4- and 8-bit .* use .*index_bits=16"
-        ):
-            ops.select_tiles(**on_cuda(sample))

@@ -233,3 +233,17 @@ def test_what_cuda_does_not_take(cuda_device):
         ops.select_tiles(**case, tile=2000)
     with pytest.raises(TypeError, match="q_index on CUDA must be float32"):
         ops.select_tiles(**case | {"q_index": case["q_index"].double()})
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rank", ["sum", "max"])
+def test_codes_are_spelt_out(bits, rank, cuda_device):
+    torch.manual_seed(bits)
+    q_index, k_index = torch.randn(2, 3, 300, 16).half() * 2, torch.randn(2, 2, 1000, 16).half()
+    codes, ranges = ops.quantize_index(k_index[:, :, :640].contiguous(), bits)
+    case = dict(
+        q_index=q_index, k_index=k_index[:, :, 640:].contiguous(), index_map=[0, 1, 1],
+        threshold=torch.full((3,), 0.8), window=70, sinks=4, min_blocks=1,
+        near_lse=torch.randn(2, 3, 300), rank=rank, codes=codes, ranges=ranges,
+    )  # fmt: skip
+    check_equal(case, *both(case))

@@ -160,4 +160,5 @@ def test_a_nan_score_selects_every_far_key(layer, choice):
     far = torch.nn.functional.pad(sees & ~close, (0, -layer.keys % size))
     blocks = far.unflatten(-1, (-1, size)).any(-1).sum(-1, dtype=torch.int32)
     assert torch.equal(counts, blocks[:, None, None].expand_as(counts))
-    assert torch.equal(mass[:, 0, 0].isnan(), blocks > 0) or not arguments["beyond_window"]
+    scored = sees if not arguments["beyond_window"] else sees & ~close
+    assert torch.equal(mass[:, :, 0].isnan(), scored.any(-1)[:, None].expand_as(mass[:, :, 0]))

@@ -54,7 +54,6 @@ struct MergeShared {
 template <typename T>
 __device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, float* lse,
                               MergeShared& shared) {
-  constexpr float kLn2 = 0.6931471805599453f;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kOwn = static_cast<int>(kMostParts / kMergeThreads);
   float2 own[kOwn];
@@ -102,7 +101,7 @@ __device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, 
     total += shared.totals[w];
   }
   if (column < parts.dim) out[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
-  if (first_column == 0 && lane == 0) *lse = (largest + log2f(total)) * kLn2;
+  if (first_column == 0 && lane == 0) *lse = lse_of_octaves(largest, total);
 }
 
 /// The parts of one of a head's slots.

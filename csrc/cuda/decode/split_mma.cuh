@@ -34,7 +34,7 @@ struct MmaTile {
   }
 };
 
-/// By all threads of a block, of which kWarps warps attend, with kSharedBytes of shared memory.
+/// By all 32 kWarps threads of a block, with kSharedBytes of shared memory.
 template <typename T, int kDim, int kWarps, int kStages, bool kLists>
 __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
                              const Partials& partials, char* shared) {
@@ -49,7 +49,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   const T* v = head_rows<const T>(v_view, batch, set.kv_head);
 
   char* queries = shared;
-  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += blockDim.x) {
+  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kWarps) {
     const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
     const bool used = row < set.heads_count;
     const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
@@ -57,9 +57,8 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     ptx::cp_async_16(Tile::chunk(queries, row, c), q, used);
   }
 
-  const bool works = warp < kWarps;  // a block may have more warps than there is room for
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
-  const int64_t first = works ? range.begin + warp * kTileKeys : range.end;
+  const int64_t first = range.begin + warp * kTileKeys;
   constexpr int64_t kStride = kWarps * kTileKeys;
   const int64_t tiles = first < range.end ? (range.end - first + kStride - 1) / kStride : 0;
   // Eight lanes share 128 bytes of a row, so that an instruction fetches four rows.
@@ -185,19 +184,17 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
     }
     const int place = warp * DecodeSet::kMaxHeads + 2 * (lane % 4) + h;
-    if (works && lane < 4) warp_stats[place] = make_float2(top[h], total[h]);
+    if (lane < 4) warp_stats[place] = make_float2(top[h], total[h]);
     float* to = warp_out + place * Tile::kSumStride + lane / 4;
-    if (works) {
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        to[16 * i] = out[i][h];
-        to[16 * i + 8] = out[i][2 + h];
-      }
+    for (int i = 0; i < kSteps; ++i) {
+      to[16 * i] = out[i][h];
+      to[16 * i + 8] = out[i][2 + h];
     }
   }
   __syncthreads();
   const int64_t place = (batch * p.splits + split) * p.slots_count + set.first_slot;
-  for (int i = threadIdx.x; i < set.heads_count * kDim; i += blockDim.x) {
+  for (int i = threadIdx.x; i < set.heads_count * kDim; i += 32 * kWarps) {
     const int head = i / kDim, d = i % kDim;
     float largest = -INFINITY;
 #pragma unroll

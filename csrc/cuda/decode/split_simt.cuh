@@ -2,8 +2,6 @@
 // One split of one set on the CUDA cores: any element type, head dim and stride. A warp takes every
 // kSimtWarps-th key, lanes take the dimensions.
 
-#include <cfloat>
-
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
@@ -56,7 +54,7 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
       for (int step = 16; step > 0; step /= 2) logit += __shfl_xor_sync(0xffffffffu, logit, step);
       logit *= scale;
       const float new_top = fmaxf(top, logit);
-      const float base = new_top == -INFINITY ? 0.0f : new_top;
+      const float base = softmax_shift(new_top);
       const float shrink = exp2f(top - base), weight = exp2f(logit - base);
       top = new_top;
       total = total * shrink + weight;
@@ -76,7 +74,7 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
     __syncthreads();
     float largest = -INFINITY;
     for (int w = 0; w < kSimtWarps; ++w) largest = fmaxf(largest, shared_max[w]);
-    const float base = largest == -INFINITY ? 0.0f : largest;
+    const float base = softmax_shift(largest);
     const int64_t place = (batch * p.splits + split) * p.slots_count + set.first_slot + h;
     float all = 0.0f;
     for (int w = 0; w < kSimtWarps; ++w) all += shared_sum[w] * exp2f(shared_max[w] - base);

@@ -10,10 +10,6 @@
 
 namespace rtpurbo::cuda::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
-}
-
 /// Starts copying the box at those coordinates of a tensor to shared memory; zeros where it is
 /// outside. All its bytes count for `full`.
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, int x, int row,

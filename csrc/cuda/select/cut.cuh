@@ -8,7 +8,7 @@
 
 namespace rtpurbo::cuda {
 
-/// cut_bin when no member, or every member, is in.
+/// Cut::bin when no member, or every member, is in.
 constexpr int kNoBin = -1;
 constexpr int kAllBins = kBins;
 
@@ -40,6 +40,7 @@ class FindBin {
   using Scan = cub::BlockScan<MassCount, kSelectThreads>;
   struct Shared {
     typename Scan::TempStorage scan;
+    int bin;
     Cut cut;
   };
 
@@ -65,7 +66,8 @@ class FindBin {
     const double target = p.p * total;
     const long long floor = min(static_cast<long long>(p.min_members), all.count);
     const bool none = near >= target && floor == 0;
-    if (threadIdx.x == 0) {  // unless a thread finds a bin
+    if (threadIdx.x == 0) {  // unless a bin is found
+      shared.bin = kAllBins;
       shared.cut = {.bin = none ? kNoBin : kAllBins,
                     .score = none ? INFINITY : -INFINITY,
                     .index = -1,
@@ -76,17 +78,25 @@ class FindBin {
                     .floor = floor};
     }
     __syncthreads();
-    MassCount reached{near + before.mass, before.count};
+    // Neighbouring threads round the mass between them differently; the lowest bin rules.
+    MassCount reached{near + before.mass, before.count}, before_bin{};
+    int bin = kAllBins;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      const bool was = reached.mass >= target && reached.count >= floor;
       const MassCount next = reached + own[j];
-      if (!was && own[j].count > 0 && next.mass >= target && next.count >= floor) {
-        shared.cut.bin = first + j;
-        shared.cut.count = reached.count;
-        shared.cut.mass = reached.mass;
+      if (!none && bin == kAllBins && own[j].count > 0 && next.mass >= target &&
+          next.count >= floor) {
+        bin = first + j;
+        before_bin = reached;
       }
       reached = next;
+    }
+    if (bin != kAllBins) atomicMin(&shared.bin, bin);
+    __syncthreads();
+    if (bin != kAllBins && bin == shared.bin) {
+      shared.cut.bin = bin;
+      shared.cut.count = before_bin.count;
+      shared.cut.mass = before_bin.mass;
     }
     __syncthreads();
     return shared.cut;

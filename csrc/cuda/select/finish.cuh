@@ -17,13 +17,10 @@ class Publish {
                              int32_t* cut_count, Shared& shared) {
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
-    const float least = static_cast<float>(bin);
-    const float most = bin == kBins - 1 ? INFINITY : static_cast<float>(bin + 1);
     for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float below = bins_below(top, scores[e]);
-        if (below >= least && below < most) {
+        if (scores[e] != -INFINITY && bin_of(bins_below(top, scores[e])) == bin) {
           cut_members[atomicAdd(&shared.count, 1)] = {ordered_key(scores[e]),
                                                       members.position(i + e)};
         }
@@ -143,9 +140,10 @@ struct CutBin {
 
   /// What the bin's members still have to give.
   __device__ Units wanted(const Cut& cut) const {
-    const double mass = ceil((cut.target - cut.mass) * unit());
-    return {mass <= 0.0 ? 0 : static_cast<unsigned long long>(fmin(mass, 9.0e18)),
-            max(cut.floor - cut.count, 0ll)};
+    const double mass = fmin(fmax(ceil((cut.target - cut.mass) * unit()), 0.0), 9.0e18);
+    const long long count = max(cut.floor - cut.count, 0ll);
+    // Rounding may say that nothing is wanted of a bin that was found to be needed.
+    return {static_cast<unsigned long long>(mass), mass > 0.0 ? count : max(count, 1ll)};
   }
 
   /// Puts the last member that is in, and what it and those before it give, into the cut.

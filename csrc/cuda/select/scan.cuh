@@ -2,8 +2,6 @@
 // Stage 1: the score r^-1/2 q . k of every far key, or the log-mass of every block of them; the
 // largest score; and in form `full` the mass of the near keys.
 
-#include <cfloat>
-
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/select/coded_keys.cuh"
@@ -12,24 +10,13 @@
 
 namespace rtpurbo::cuda {
 
-__device__ __forceinline__ float load_as_float(ElementType type, const void* ptr, int64_t i) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return static_cast<const float*>(ptr)[i];
-    case ElementType::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(ptr)[i]);
-    default:
-      return to_float(static_cast<const __half*>(ptr)[i]);
-  }
-}
-
 /// Log-mass of the keys of `lanes` adjacent lanes, of two keys a lane.
 static __device__ __noinline__ float block_log_mass(float score, float other, int lanes) {
   float top = fmaxf(score, other);
   for (int step = lanes / 2; step > 0; step /= 2) {
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
   }
-  const float base = top == -INFINITY ? 0.0f : top;
+  const float base = softmax_shift(top);
   float sum = expf(score - base) + expf(other - base);
   for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   return base + logf(sum);

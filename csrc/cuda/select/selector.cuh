@@ -74,7 +74,7 @@ class Selector {
       found.cut.count = shared.stats.candidates;
       return found;
     }
-    Weigh::run(members, found.top, members.room(), shared.weigh, bin_mass, bin_count);
+    Weigh::run(members, found.top, shared.weigh, bin_mass, bin_count);
     team.sync();
     const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
     found.cut = FindBin::run(p, near, bin_mass, bin_count, shared.find_bin);

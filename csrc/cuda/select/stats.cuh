@@ -14,7 +14,7 @@ struct LogSum {
   __device__ __noinline__ void add(float other_shift, float other_sum) {
     const float top = fmaxf(shift, other_shift);
     if (top == -INFINITY && other_sum == 0.0f) return;
-    const float base = top == -INFINITY ? 0.0f : top;
+    const float base = softmax_shift(top);
     sum = sum * expf(shift - base) + other_sum * expf(other_shift - base);
     shift = top;
   }

@@ -20,13 +20,13 @@ class Weigh {
   };
 
   /// Adds this block's members to the team's histogram.
-  static __device__ void run(const Members& members, float top, int warp_capacity, Shared& shared,
+  static __device__ void run(const Members& members, float top, Shared& shared,
                              unsigned long long* bin_mass, uint32_t* bin_count) {
     constexpr int kStep = kMostAtOnce / kSelectWarps / 128 * 128;  // members of a warp
     uint32_t* mass = shared.mass[threadIdx.x % kCopies];
     uint32_t* count = shared.count[threadIdx.x % kCopies];
 #pragma unroll 1
-    for (int begin = 0; begin < warp_capacity; begin += kStep) {
+    for (int begin = 0; begin < members.room(); begin += kStep) {
       for (int i = threadIdx.x; i < kCopies * kBins; i += kSelectThreads) {
         shared.mass[0][i] = shared.count[0][i] = 0;
       }

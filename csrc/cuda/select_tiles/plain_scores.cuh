@@ -17,18 +17,6 @@ constexpr int kKeys = 8;  // scored at a time
 
 inline size_t shared_bytes(int64_t dim) { return dim * kRows * sizeof(float); }
 
-__device__ __forceinline__ float load_as_float(ElementType type, const HeadsView& view,
-                                               int64_t batch, int64_t head, int64_t i) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return head_rows<const float>(view, batch, head)[i];
-    case ElementType::kBFloat16:
-      return to_float(head_rows<const __nv_bfloat16>(view, batch, head)[i]);
-    default:
-      return to_float(head_rows<const __half>(view, batch, head)[i]);
-  }
-}
-
 }  // namespace plain
 
 template <typename TK>
@@ -52,9 +40,9 @@ __global__ __launch_bounds__(plain::kThreads) void plain_scores_kernel(
   const float scale = kLog2E * rsqrtf(static_cast<float>(dim));
   for (int i = threadIdx.x; i < dim * kRows; i += kThreads) {
     const int r = row + i % kRows;
-    const int64_t at = (tile.number * p.tile + r) * p.q_index.row_stride + i / kRows;
-    queries[i] =
-        tile.has(r) ? scale * load_as_float(p.q_type, p.q_index, tile.batch, tile.head, at) : 0.0f;
+    const int64_t at = tile.batch * p.q_index.batch_stride + tile.head * p.q_index.head_stride +
+                       (tile.number * p.tile + r) * p.q_index.row_stride + i / kRows;
+    queries[i] = tile.has(r) ? scale * load_as_float(p.q_type, p.q_index.ptr, at) : 0.0f;
   }
   __syncthreads();
 

@@ -1,5 +1,7 @@
 #include "csrc/ops/common/index.h"
 
+#include <ATen/Functions.h>
+
 #include <algorithm>
 
 #include "csrc/ops/common/check.h"
@@ -97,6 +99,21 @@ at::Tensor per_head(const char* op, const char* name, const std::optional<at::Te
 at::ScalarType accumulation_type(const at::Tensor& a, const at::Tensor& b) {
   return a.scalar_type() == at::kDouble || b.scalar_type() == at::kDouble ? at::kDouble
                                                                           : at::kFloat;
+}
+
+at::Tensor with_dequantised(const at::Tensor& k_index, const at::Tensor& codes,
+                            const at::Tensor& ranges) {
+  const int64_t dim = k_index.size(3);
+  const bool bytes = codes.size(3) == dim;
+  const at::Tensor values =
+      bytes ? codes
+            : at::cat({at::bitwise_and(codes, 15), at::bitwise_right_shift(codes, 4)}, -1)
+                  .narrow(-1, 0, dim);
+  const at::Tensor of_block = ranges.to(at::kFloat).repeat_interleave(kIndexBlock, 2);
+  const at::Tensor keys = at::addcmul(of_block.narrow(-1, 0, dim), of_block.narrow(-1, dim, dim),
+                                      values.to(at::kFloat));
+  const at::ScalarType type = k_index.scalar_type() == at::kHalf ? at::kHalf : at::kFloat;
+  return at::cat({keys.to(type), k_index.to(type)}, 2);
 }
 
 IndexArguments::IndexArguments(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,

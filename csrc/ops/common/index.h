@@ -33,6 +33,11 @@ struct Quantised {
   const std::optional<at::Tensor>& ranges;
 };
 
+/// All keys [B, Rk, N, r], those of the codes first: half where k_index [B, Rk, N - Q, r] is, which
+/// rounds them once more, and float32 otherwise.
+at::Tensor with_dequantised(const at::Tensor& k_index, const at::Tensor& codes,
+                            const at::Tensor& ranges);
+
 /// The checked arguments of a selecting operator as kernel parameters, with the tensors that these
 /// point into. q_index, k_index, index_map and the quantised keys must outlive it.
 class IndexArguments {
