@@ -114,8 +114,8 @@ Result composed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 }
 
 #ifdef RTPURBO_WITH_CUDA
-Result launch(const at::Tensor& q_index, const Checked& checked,
-              cuda::SparseDecodeParams& params, const cuda::SparseDecodePlan& plan) {
+Result launch(const at::Tensor& q_index, const Checked& checked, cuda::SparseDecodeParams& params,
+              const cuda::SparseDecodePlan& plan) {
   const auto empty = [&](at::IntArrayRef sizes, at::ScalarType type) {
     return at::empty(sizes, q_index.options().dtype(type));
   };
