@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import rtpurbo
+from rtpurbo.attention import TILE_RANK
 from rtpurbo.evaluate import evaluate
 from rtpurbo.patching import state
 from rtpurbo.testbed import fetch_smollm2, load_smollm2_32k
@@ -67,6 +68,10 @@ def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any
                 for name in layer.tensors():
                     setattr(layer, name, file.get_tensor(f"{number}.{name}"))
             metrics = json.loads(file.metadata()["stage 1"])
+            if arguments.prefill == "sparse" and file.metadata().get("tile rank") != TILE_RANK:
+                raise SystemExit(
+                    f"{path} has thresholds for another ranking of blocks; move it away"
+                )
     else:
         tokens = rtpurbo.data.retrieval_sequences(
             tokenizer, rtpurbo.data.prose(), length, arguments.steps // arguments.updates + 1
@@ -76,7 +81,7 @@ def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any
             progress=False,
         ).metrics  # fmt: skip
         tensors = {f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.tensors().items()}
-        save_file(tensors, path, {"stage 1": json.dumps(metrics)})
+        save_file(tensors, path, {"stage 1": json.dumps(metrics), "tile rank": TILE_RANK})
     print(f"index={arguments.form}, trained at {length}: {metrics}", flush=True)
     return model, tokenizer, metrics
 

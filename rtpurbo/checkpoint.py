@@ -39,7 +39,8 @@ from rtpurbo.files import (
 from rtpurbo.index import Index
 from rtpurbo.patching import sparsify
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had thresholds of sparse prefill for blocks ranked by exp-sum; see `_check_thresholds`."""
 MANIFEST = "rtpurbo.json"
 INDEX_FILE = "rtpurbo_index.safetensors"
 _FORMAT = "rtpurbo.checkpoint"
@@ -130,7 +131,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: a file is missing, cut off, changed or not listed in rtpurbo.json, the format is
-            newer, or the index is not this model's. README.md and hidden files need no listing.
+            newer, the thresholds of a sparse prefill are older, or the index is not this model's.
+            README.md and hidden files need no listing.
     """
     folder = Path(path)
     if kwargs.pop("use_safetensors", True) is not True:
@@ -142,6 +144,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     _verify(folder, manifest["files"])
     _check_digest(folder, manifest["config"])
     config = RTPurboConfig.from_dict(manifest["config"])
+    _check_thresholds(folder, manifest, config)
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kwargs)
     identity = families.identity(model)
     if not families.same_model(identity, manifest["base_model"]["identity"]):
@@ -263,6 +266,17 @@ def _check_digest(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError(
             f"rtpurbo.from_pretrained: config or its heads in {folder / MANIFEST} were changed "
             "after they were saved, and the index was made for those; take the saved ones back"
+        )
+
+
+def _check_thresholds(folder: Path, manifest: dict[str, Any], config: RTPurboConfig) -> None:
+    """Since version 2 blocks weigh otherwise, which thresholds of a sparse prefill depend on."""
+    old = manifest["version"] < 2
+    if old and config.prefill == "sparse" and manifest["index"]["trained"]:
+        raise ValueError(
+            f"rtpurbo.from_pretrained: {folder} has format version {manifest['version']}, whose "
+            "thresholds of the sparse prefill were calibrated for another ranking of blocks; make "
+            "the dense model in it sparse and run rtpurbo.train_index again, which calibrates them"
         )
 
 

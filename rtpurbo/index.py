@@ -22,7 +22,7 @@ class LayerIndex:
         index_map: which index key each retrieval head reads.
         w_q: [R, r, D]. w_k: [len(kv_heads), r, D].
         offset: [R], added to the index logits of far keys in form `beyond_window`.
-        threshold: [R], index mass at which a tile's selection stops in sparse prefill.
+        threshold: [R], pooled share at which a tile's selection stops in sparse prefill.
     """
 
     heads: list[int]

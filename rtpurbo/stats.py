@@ -29,10 +29,11 @@ def stats(model: Any, *, true_mass: bool = False) -> dict[str, Any]:
         A dict: `rows` and `keys` of that forward; `attended_tokens`, the mean over query heads and
         rows, `attended_tokens_per_layer`, `attended_fraction` of the visible keys and
         `compute_sparsity`, 1 minus that; `memory_sparsity`, 1 minus the share of visible keys that
-        any query head of a KV head attends; `index_mass`, the share recovered as the index sees it
-        (None if nothing was selected); `true_mass` (None unless asked for and there);
-        `fallbacks`, rows or tiles that ran dense for want of room; `kv_bytes` without and
-        `index_bytes` of index keys, `dense_bytes` of a dense cache (0 without a cache).
+        any query head of a KV head attends; `index_mass`, the share recovered as the index sees it,
+        in a sparse prefill by the largest logit of each block (None if nothing was selected);
+        `true_mass` (None unless asked for and there); `fallbacks`, rows or tiles that ran dense for
+        want of room; `kv_bytes` without and `index_bytes` of index keys, `dense_bytes` of a dense
+        cache (0 without a cache).
 
     Raises:
         ValueError: the model is not sparse, or has not run since it is.

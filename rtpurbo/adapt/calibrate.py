@@ -1,16 +1,16 @@
-"""Thresholds of the sparse prefill: the index mass at which the true mass reaches top_p.
+"""Thresholds of the sparse prefill: the pooled share at which the true mass reaches top_p.
 
-An index that ranks well may still misjudge mass, so a tile that stops at index mass top_p keeps
-more or less than top_p of the attention. Here the true mass of the lists is measured on rows of
-held-out sequences, as exp(LSE over the listed blocks - LSE over all keys), and every head gets the
-least threshold whose mean true mass is top_p.
+A block's share comes from its largest index logit, and an index that ranks well may still misjudge
+mass, so a tile that stops at share top_p keeps more or less than top_p of the attention. Here the
+true mass of the lists is measured on rows of held-out sequences, as exp(LSE over the listed blocks
+- LSE over all keys), and every head gets the least threshold whose mean true mass is top_p.
 """
 
 import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from rtpurbo.attention import TILE, TILE_BLOCK, min_tile_blocks
+from rtpurbo.attention import TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import LayerContext
 from rtpurbo.index import Index
@@ -67,6 +67,7 @@ class Calibration:
                 TILE_BLOCK,
                 lse,
                 layer.offset if beyond else None,
+                rank=TILE_RANK,
             )
             kept = ops.attention(
                 q, k, k, heads, *near, scale, block_indices=blocks, block_counts=counts

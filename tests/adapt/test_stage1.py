@@ -1,8 +1,11 @@
 """Stage 1: the index learns, everything else stays."""
 
+import inspect
+
 import pytest
 import torch
 
+from rtpurbo import ops
 from rtpurbo.adapt import train_index
 from rtpurbo.data import RetrievalSequence
 from rtpurbo.patching import state
@@ -133,6 +136,27 @@ def test_thresholds_reach_the_true_mass():
     assert train(lax, tokens=tiny.sequences(3, 1024), steps=4).metrics["tile_true_mass"] >= 0.3
     after = state(lax).index.layers
     assert sum(float((before[n] - after[n].threshold).sum()) for n in before) > 0
+
+
+def test_thresholds_are_of_the_tiles_that_the_model_selects(monkeypatch):
+    """Calibration and sparse prefill choose blocks by the same rule, but for the threshold."""
+    operator, rules = ops.select_tiles, []
+
+    def recorded(*args, **options):
+        given = inspect.signature(operator).bind(*args, **options)
+        given.apply_defaults()
+        names = "window", "sinks", "min_blocks", "tile", "block_size", "rank"
+        rules.append([given.arguments[name] for name in names])
+        return operator(*args, **options)
+
+    monkeypatch.setattr(ops, "select_tiles", recorded)
+    model, tokens = tiny.model(prefill="sparse"), tiny.sequences(2, 1024)
+    train(model, tokens=tokens, steps=1)
+    calibrated = rules.copy()
+    rules.clear()
+    model(torch.tensor(tokens[:1]))
+    assert calibrated and rules
+    assert all(rule == rules[0] for rule in calibrated + rules)
 
 
 def test_half_of_the_rows_retrieve():

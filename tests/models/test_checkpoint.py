@@ -205,8 +205,8 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
     other = rtpurbo.families.identity(tiny(seed=2))
     file = manifest["files"]["config.json"]
     cases = [
-        ({"version": 2}, "version 2 is newer"),
-        ({"version": 0}, "version must be 1 to 1, got 0"),
+        ({"version": 3}, "version 3 is newer"),
+        ({"version": 0}, "version must be 1 to 2, got 0"),
         ({"version": None}, "version must be a JSON whole number, got None"),
         ({"base_model": {}}, "base_model: identity must be a JSON string, got None"),
         ({"config": 3}, "config must be a JSON object, got 3"),
@@ -226,6 +226,22 @@ def test_manifests_that_are_newer_foreign_or_odd(saved):
         edit(saved, manifest, **change)
         with pytest.raises(ValueError, match=message):
             rtpurbo.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("prefill", ["sparse", "dense"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_thresholds_of_version_1(tmp_path, prefill, trained):
+    """They were calibrated for exp-sums: refused where a sparse prefill would use them."""
+    model = rtpurbo.sparsify(tiny(), config(window=8, prefill=prefill))
+    state(model).index.trained = trained
+    rtpurbo.save_pretrained(model, tmp_path, byte_tokenizer())
+    rtpurbo.from_pretrained(tmp_path)
+    edit(tmp_path, json.loads((tmp_path / "rtpurbo.json").read_text()), version=1)
+    if trained and prefill == "sparse":
+        with pytest.raises(ValueError, match=r"version 1, whose thresholds .*train_index again"):
+            rtpurbo.from_pretrained(tmp_path)
+    else:
+        rtpurbo.from_pretrained(tmp_path)
 
 
 def test_a_configuration_that_was_changed(saved):

@@ -146,7 +146,7 @@ def test_sparse_prefill_keeps_to_its_tiles(index):
 
 @pytest.mark.parametrize("index", ["beyond_window", "full"])
 def test_sparse_prefill_of_the_first_layer(index):
-    model, (ids, mask) = tiny(), padded((400, 210))
+    model, (ids, mask) = tiny(), padded((900, 410))
     chosen = config(window=32, sinks=SINKS, top_p=0.4, min_tokens=0, prefill="sparse", index=index)
     rtpurbo.sparsify(model, chosen)
     state(model).index.layers[0].threshold.copy_(torch.tensor([0.3, 0.6, 0.9]))
@@ -168,10 +168,15 @@ def test_sparse_prefill_of_the_first_layer(index):
     q_index, k_index = reference.index_project(
         q_pre, k_pre, layer.w_q, layer.w_k, heads, layer.kv_heads
     )
-    lists = reference.select_tiles(
-        q_index.half(), k_index.half(), layer.index_map, layer.threshold, chosen.near_window, SINKS,
-        4, near_lse=near, start=start, offset=layer.offset if near is not None else None,
+    lists, others = (
+        reference.select_tiles(
+            q_index.half(), k_index.half(), layer.index_map, layer.threshold, chosen.near_window,
+            SINKS, 4, near_lse=near, start=start, rank=rank,
+            offset=layer.offset if near is not None else None,
+        )
+        for rank in ("max", "sum")
     )  # fmt: skip
+    assert not torch.equal(lists[0], others[0])
     out, _ = reference.attention(
         q, k, v, heads, 32, SINKS, scale, start, block_indices=lists[0], block_counts=lists[1]
     )
