@@ -5,7 +5,8 @@
     python examples/tile_ranks.py needles --lengths 4096
 
 `tiles` measures the lists of the last tiles of held-out sequences with thresholds calibrated on
-others, `needles` the model with each. Both read the head map and the index under --output.
+others, `needles` the model with each; its way `max-equal` has thresholds that list as many blocks
+of prose as sums do. Both read the head map and the index under --output.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ GRID = torch.cat([
     torch.tensor(_THRESHOLDS).double(),
 ]).sort().values  # fmt: skip
 TILES = 8
+EQUAL = "max-equal"
 
 
 @contextmanager
@@ -222,6 +224,16 @@ def tiles(arguments: argparse.Namespace) -> None:
     )
 
 
+def as_many(model: Any, tokenizer: Any, length: int, thresholds: Tensor) -> Tensor:
+    """Thresholds at which heads list as many blocks of prose by maxima as by sums at these."""
+    held_out = rtpurbo.data.prose(split="held_out")
+    prose = rtpurbo.data.excerpts(tokenizer, held_out, length, 2, seed=5)
+    measured, _ = measure(model, prose, {})
+    sums, maxima = (measured[rank][1].float().mean(1) for rank in RANKS)
+    wanted = sums.gather(-1, entries_of(thresholds)[:, None])
+    return GRID[(maxima - wanted).abs().argmin(-1)]
+
+
 def needles(arguments: argparse.Namespace) -> None:
     """Needles and the KL of the prefill: dense, dense prefill, sparse prefill by either rank."""
     model, tokenizer, _ = sparse_model(arguments)
@@ -229,16 +241,18 @@ def needles(arguments: argparse.Namespace) -> None:
     for length in arguments.lengths:
         patched.config = replace(patched.config, window=length // 8)
         _, thresholds = calibrate(model, tokenizer, length, arguments.sequences)
+        if EQUAL in arguments.ways:
+            thresholds[EQUAL] = as_many(model, tokenizer, length, thresholds["sum"])
         for task, name in product(arguments.tasks, arguments.ways):
             if (task, name) == ("prefill_kl", "dense"):
                 continue
-            prefill = "sparse" if name in RANKS else "dense"
+            prefill = "sparse" if name in thresholds else "dense"
             patched.config = replace(patched.config, prefill=prefill)
-            if name in RANKS:
+            if name in thresholds:
                 parts = thresholds[name].split([len(c.heads) for c in patched.layers if c.heads])
                 for layer, part in zip(patched.index.layers.values(), parts, strict=True):
                     layer.threshold.copy_(part)
-            with ranked(name) if name in RANKS else nullcontext():
+            with ranked(name[:3]) if name in thresholds else nullcontext():
                 found = evaluate(
                     model, tokenizer, [task], [length], prompts=arguments.prompts,
                     seeds=arguments.seeds, texts_per_seed=arguments.texts, window_divisor=8,
