@@ -11,7 +11,8 @@ from tests.models.tiny import config, in_pieces, padded, tiny
 KINDS = {"float32": {}, "bfloat16": {"head_dim": 64}}
 SETTINGS = [
     {}, {"index": "full"}, {"block_size": 16}, {"index_bits": 4},
-    {"index_bits": 8, "index": "full"}, {"prefill": "sparse"}, {"prefill": "sparse", "index_bits": 4},
+    {"index_bits": 8, "index": "full"}, {"prefill": "sparse"},
+    {"prefill": "sparse", "index_bits": 4},
 ]  # fmt: skip
 
 
