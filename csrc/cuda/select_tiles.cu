@@ -8,6 +8,7 @@
 #include "csrc/cuda/select_tiles/plain_scores.cuh"
 #include "csrc/cuda/select_tiles/pool.cuh"
 #include "csrc/cuda/select_tiles/totals.cuh"
+#include "csrc/cuda/workspace.h"
 #ifdef RTPURBO_WITH_SM90
 #include "csrc/cuda/prefers_portable.h"
 #include "csrc/cuda/sm90/tile_maxima.h"
@@ -66,20 +67,16 @@ int64_t mass_bytes(const Workspace& w) {
 /// Takes the workspace apart, or with a null base only measures it.
 size_t lay_out(char* base, Workspace& w) {
   const int64_t slots = w.pairs * w.tiles;
-  size_t offset = 0;
-  const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
-    pointer = reinterpret_cast<T*>(base + offset);
-    offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
-  };
+  WorkspaceParts parts{base};
   uint2* masses;
-  take(masses, divide_up(slots * mass_bytes(w), sizeof(uint2)));
+  parts.take(masses, divide_up(slots * mass_bytes(w), sizeof(uint2)));
   w.masses = masses;
-  take(w.far, slots * w.chunks * w.height);
-  take(w.near, slots * w.chunks * w.height);
-  take(w.totals, slots * w.height);
-  take(w.near_lse, slots * w.height);
-  take(w.weights, slots * w.blocks);
-  return offset;
+  parts.take(w.far, slots * w.chunks * w.height);
+  parts.take(w.near, slots * w.chunks * w.height);
+  parts.take(w.totals, slots * w.height);
+  parts.take(w.near_lse, slots * w.height);
+  parts.take(w.weights, slots * w.blocks);
+  return parts.bytes;
 }
 
 /// All tiles of a few pairs, or a few tiles of one.

@@ -10,6 +10,7 @@
 #include "csrc/cuda/select/plan.h"
 #include "csrc/cuda/sparse_decode.h"
 #include "csrc/cuda/sparse_decode/listed.cuh"
+#include "csrc/cuda/workspace.h"
 
 namespace rtpurbo::cuda {
 namespace {
@@ -227,20 +228,15 @@ int near_splits(const DecodeParams& p, int near_sets, int blocks) {
 /// Takes the workspace apart, or with a null base only measures it.
 size_t lay_out(const SparseDecodeParams& p, const SparseDecodePlan& plan, char* base,
                Workspace& w) {
-  size_t offset = static_cast<size_t>(
-      round_up(static_cast<int64_t>(lay_out(p.select, plan.select, 0, base, w.select)), 256));
-  const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
-    pointer = reinterpret_cast<T*>(base + offset);
-    offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
-  };
+  WorkspaceParts parts{base, lay_out(p.select, plan.select, 0, base, w.select)};
   const int64_t near = p.decode.batch * plan.near_splits * p.decode.slots_count;
   const int64_t listed = p.select.batch * p.select.heads * plan.select.team_size;
-  take(w.near.sums, near * p.decode.dim);
-  take(w.near.stats, near);
-  take(w.listed.sums, listed * p.decode.dim);
-  take(w.listed.stats, listed);
-  take(w.done, 1);
-  return offset;
+  parts.take(w.near.sums, near * p.decode.dim);
+  parts.take(w.near.stats, near);
+  parts.take(w.listed.sums, listed * p.decode.dim);
+  parts.take(w.listed.stats, listed);
+  parts.take(w.done, 1);
+  return parts.bytes;
 }
 
 /// Whether rows may be loaded 16 bytes at a time, and index keys whole.
@@ -273,14 +269,9 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
 
 }  // namespace
 
-cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan) {
+cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
+                               SparseDecodePlan& plan) {
   if (!takes(params)) return cudaErrorNotSupported;
-  int device = 0, sm_count = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
   const auto plan_with = [&](int blocks) {
     return dispatch_shape(params.decode, blocks,
                           [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {

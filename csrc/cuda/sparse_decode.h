@@ -26,7 +26,8 @@ struct SparseDecodePlan {
 /// One launch: near keys of all heads and the scan of the index keys, selection, attention to the
 /// selected keys, and the merge. Blocks meet at barriers; reruns give the same bits.
 /// cudaErrorNotSupported: types, dimensions, alignments or a device that the kernel does not take.
-cudaError_t plan_sparse_decode(const SparseDecodeParams& params, SparseDecodePlan& plan);
+cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
+                               SparseDecodePlan& plan);
 cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseDecodePlan& plan,
                                  void* workspace, cudaStream_t stream);
 

@@ -78,17 +78,6 @@ Result select_tiles_cpu(const at::Tensor& q_index, const at::Tensor& k_index,
 }
 
 #ifdef RTPURBO_WITH_CUDA
-void check_supported(const at::Tensor& q_index, const at::Tensor& k_index, int64_t tile) {
-  cuda::check_not_double(kOp, "q_index", q_index.scalar_type());
-  cuda::check_not_double(kOp, "k_index", k_index.scalar_type());
-  TORCH_CHECK_VALUE(q_index.size(3) <= cuda::kMaxIndexDim,
-                    "rtpurbo::select_tiles: q_index on CUDA must have an index dim r <= ",
-                    cuda::kMaxIndexDim, ", got ", q_index.size(3));
-  TORCH_CHECK_VALUE(std::min(tile, q_index.size(2)) <= cuda::kMaxTile,
-                    "rtpurbo::select_tiles: tile on CUDA must be <= ", cuda::kMaxTile, ", got ",
-                    tile);
-}
-
 /// The tensor-core kernels read keys that follow each other.
 at::Tensor packed_rows(const at::Tensor& k_index) {
   const bool packed = k_index.dim() != 4 || k_index.stride(2) == k_index.size(3);
@@ -103,15 +92,20 @@ Result select_tiles_cuda(const at::Tensor& q_index, const at::Tensor& k_index,
                          const MaybeTensor& codes, const MaybeTensor& ranges) {
   check_tiles(min_blocks, tile, block_size, capacity, rank);
   const at::Tensor packed = packed_rows(k_index);
-  const IndexArguments given(kOp, q_index, packed, index_map, window, sinks, block_size, near_lse,
-                             offset, start, {codes, ranges});
-  const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, at::kFloat);
-  check_supported(q_index, k_index, tile);
-  // A prefill reads each key for many rows, so codes are spelt out once.
-  const at::Tensor keys = codes ? with_dequantised(packed, *codes, *ranges) : packed;
-  const IndexArguments arguments(kOp, q_index, keys, index_map, window, sinks, block_size, near_lse,
-                                 offset, start, {{}, {}});
+  const IndexArguments arguments(kOp, q_index, packed, index_map, window, sinks, block_size,
+                                 near_lse, offset, start, {codes, ranges});
   const cpu::IndexParams& in = arguments.params();
+  const at::Tensor thresholds = per_head(kOp, "threshold", threshold, q_index, at::kFloat);
+  cuda::check_index(kOp, in);
+  TORCH_CHECK_VALUE(std::min(tile, in.rows) <= cuda::kMaxTile,
+                    "rtpurbo::select_tiles: tile on CUDA must be <= ", cuda::kMaxTile, ", got ",
+                    tile);
+  // A prefill reads each key for many rows, so codes are spelt out once.
+  if (codes) {
+    return select_tiles_cuda(q_index, with_dequantised(packed, *codes, *ranges), index_map,
+                             thresholds, window, sinks, min_blocks, tile, block_size, near_lse,
+                             offset, start, capacity, rank, {}, {});
+  }
   const int64_t tiles = tile_count(q_index, tile);
   const int64_t room = arguments.room(capacity);
   const Result result = allocate(q_index, tiles, room, at::kFloat);

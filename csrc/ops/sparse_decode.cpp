@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <bit>
 #include <vector>
 
 #include "csrc/ops/common/check.h"
@@ -76,15 +77,22 @@ std::vector<int64_t> key_heads(const at::Tensor& q, const at::Tensor& k,
 }
 
 /// The members' keys as bits, from indices [B, R, 1, C] that are -1 beyond the members.
-at::Tensor key_mask(const at::Tensor& indices, int64_t keys, int64_t block_size) {
+at::Tensor key_mask(const at::Tensor& all_indices, const at::Tensor& counts, int64_t keys,
+                    int64_t block_size) {
+  // On CUDA the longest list is not known without a synchronisation.
+  const bool knows_longest = all_indices.is_cpu() && counts.numel() > 0;
+  const at::Tensor indices =
+      knows_longest ? all_indices.narrow(-1, 0, counts.max().item<int32_t>()) : all_indices;
   const int64_t words = (keys + kWordKeys - 1) / kWordKeys;
-  const int64_t of_word = kWordKeys / block_size;
+  const int64_t of_word = kWordKeys / block_size;  // a power of two, as block_size is
+  const int64_t word_shift = std::countr_zero(static_cast<uint64_t>(of_word));
   const int64_t member = block_size == kWordKeys ? -1 : (int64_t{1} << block_size) - 1;
   const at::Tensor place = indices.to(at::kLong);
   // Padding goes to a word of its own.
-  const at::Tensor word = at::where(at::lt(place, 0), words, at::floor_divide(place, of_word));
+  const at::Tensor word =
+      at::where(at::lt(place, 0), words, at::bitwise_right_shift(place, word_shift));
   const at::Tensor bits = at::bitwise_left_shift(
-      at::full_like(place, member), at::mul(at::remainder(place, of_word), block_size));
+      at::full_like(place, member), at::mul(at::bitwise_and(place, of_word - 1), block_size));
   const at::Tensor mask = at::zeros({indices.size(0), indices.size(1), 1, words + 1},
                                     indices.options().dtype(at::kLong));
   return mask.scatter_add_(-1, word, bits).narrow(-1, 0, words).contiguous();
@@ -110,7 +118,7 @@ Result composed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
              offset, start, 0, true, codes, ranges);
   const auto [out, lse] = decode(q, k, v, retrieval_heads, window, near_window, sinks, scale,
                                  indices, counts, block_size, k_local, v_local, start, length);
-  return {out, lse, key_mask(indices, checked.keys(), block_size), counts, mass};
+  return {out, lse, key_mask(indices, counts, checked.keys(), block_size), counts, mass};
 }
 
 #ifdef RTPURBO_WITH_CUDA
@@ -155,7 +163,7 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     params.select.min_members = min_members(min_tokens, block_size);
     params.select.p = p;
     cuda::SparseDecodePlan plan;
-    const cudaError_t planned = cuda::plan_sparse_decode(params, plan);
+    const cudaError_t planned = cuda::plan_sparse_decode(params, cuda::multiprocessors(), plan);
     if (planned != cudaErrorNotSupported) {
       RTPURBO_CUDA_CHECK(kOp, planned);
       return launch(q_index, checked, params, plan);

@@ -7,6 +7,7 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
+from tests.gpu.repeats import assert_repeats
 
 
 def draw(seed: int, dim: int, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -84,16 +85,7 @@ def test_twenty_runs_give_the_same_bits(cuda_device):
             q, k, v, [1, 9, 10, 17, 30], 8192, 8192, 4, 128**-0.5, indices=indices, counts=counts
         )  # fmt: skip
 
-    first = step()
-    for _ in range(20):
-        for a, b in zip(first, step(), strict=True):
-            assert torch.equal(a, b)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    for a, b in zip(first, captured, strict=True):
-        assert torch.equal(a, b)
+    assert_repeats(step)
 
 
 @pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "spike"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rtpurbo import ops
+from tests.gpu.repeats import assert_repeats
 from tests.gpu.views import to_cuda
 
 # Rank "max" keeps block maxima in fp16 where the device has wgmma: weights are off by 2^-12 of a
@@ -155,18 +156,7 @@ def test_twenty_runs_and_a_graph_give_the_same_bits(rank, dim, cuda_device):
         [0, 1, 2, 3], torch.full((4,), 0.9, device=cuda_device), 1024, 4, 4,
     )  # fmt: skip
     options = {"near_lse": torch.full((1, 4, 5000), 5.0, device=cuda_device), "rank": rank}
-    first = ops.select_tiles(*arguments, **options)
-    for _ in range(20):
-        for a, b in zip(first, ops.select_tiles(*arguments, **options), strict=True):
-            assert torch.equal(a, b)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.select_tiles(*arguments, **options)
-    for tensor in captured:
-        tensor.zero_()
-    graph.replay()
-    for a, b in zip(first, captured, strict=True):
-        assert torch.equal(a, b)
+    assert_repeats(lambda: ops.select_tiles(*arguments, **options))
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])

@@ -7,6 +7,7 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
+from tests.gpu.repeats import assert_repeats
 from tests.ops.test_sparse_decode_properties import WORD, lists_of
 from tests.reference.masks import last_positions, near, visible
 from tests.reference.quantize_index import dequantize
@@ -187,19 +188,7 @@ def test_a_long_step_is_what_its_parts_give(batch, keys, bits, cuda_device):
 @pytest.mark.parametrize("bits", [16, 4])
 def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, bits, cuda_device):
     step, _ = long_step(batch, keys, bits, cuda_device)
-    first = step()
-    for _ in range(20):
-        for a, b in zip(first, step(), strict=True):
-            assert torch.equal(a, b)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for _ in range(2):
-        for tensor in captured:
-            tensor.zero_()
-        graph.replay()
-        for a, b in zip(first, captured, strict=True):
-            assert torch.equal(a, b)
+    assert_repeats(step)
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, "bfloat16"), (128, "float16"), (256, "bfloat16")])

@@ -7,6 +7,7 @@
 #include "csrc/cuda/integers.h"
 #include "csrc/cuda/select/coded_keys.cuh"
 #include "csrc/cuda/select/members.cuh"
+#include "csrc/cuda/workspace.h"
 
 namespace rtpurbo::cuda {
 
@@ -53,21 +54,17 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   w.warp_groups = plan.warp_groups;
   w.groups = divide_up(p.keys, kGroupKeys);
   w.chunks = divide_up(w.groups, kGroupKeys);
-  size_t offset = 0;
-  const auto take = [&]<typename T>(T*& pointer, int64_t elements) {
-    pointer = elements ? reinterpret_cast<T*>(base + offset) : nullptr;
-    offset = static_cast<size_t>(round_up(offset + elements * sizeof(T), 256));
-  };
-  take(w.arrivals, plan.teams);
-  take(w.stats, blocks);
-  take(w.bin_mass, plan.teams * kBins);
-  take(w.bin_count, plan.teams * kBins);
-  take(w.cut_members, members);
-  take(w.cut_counts, blocks);
-  take(w.scores, plan.scores_in_shared ? 0 : members);
-  take(w.selected, masks * w.groups);
-  take(w.chunk_counts, masks * w.chunks);
-  return offset;
+  WorkspaceParts parts{base};
+  parts.take(w.arrivals, plan.teams);
+  parts.take(w.stats, blocks);
+  parts.take(w.bin_mass, plan.teams * kBins);
+  parts.take(w.bin_count, plan.teams * kBins);
+  parts.take(w.cut_members, members);
+  parts.take(w.cut_counts, blocks);
+  parts.take(w.scores, plan.scores_in_shared ? 0 : members);
+  parts.take(w.selected, masks * w.groups);
+  parts.take(w.chunk_counts, masks * w.chunks);
+  return parts.bytes;
 }
 
 }  // namespace rtpurbo::cuda

@@ -7,11 +7,7 @@
 namespace rtpurbo::cuda {
 
 SelectParams select_params(const char* op, const cpu::IndexParams& in) {
-  check_not_double(op, "q_index", in.q_dtype);
-  check_not_double(op, "k_index", in.k_dtype);
-  TORCH_CHECK_VALUE(in.dim <= kMaxIndexDim, "rtpurbo::", op,
-                    ": q_index on CUDA must have an index dim r <= ", kMaxIndexDim, ", got ",
-                    in.dim);
+  check_index(op, in);
   return {.q_type = element_type(in.q_dtype),
           .k_type = element_type(in.k_dtype),
           .q_index = in.q_index,
