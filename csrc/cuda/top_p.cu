@@ -8,6 +8,7 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
+#include "csrc/cuda/mass_count.cuh"
 #include "csrc/cuda/ordered_key.cuh"
 #include "csrc/cuda/top_p.h"
 
@@ -23,13 +24,7 @@ using ReduceFloat = cub::BlockReduce<float, kThreads>;
 using ReduceInt = cub::BlockReduce<int, kThreads>;
 using ScanInt = cub::BlockScan<int, kThreads>;
 
-struct Pair {
-  Fixed mass;
-  long long count;
-  __device__ Pair operator+(const Pair& other) const {
-    return {mass + other.mass, count + other.count};
-  }
-};
+using Pair = MassCount<Fixed>;
 using ScanPair = cub::BlockScan<Pair, kThreads>;
 
 /// The 32 bits of a key are found as digits of 11, 11 and 10 bits.

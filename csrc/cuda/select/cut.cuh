@@ -4,6 +4,7 @@
 #include <climits>
 #include <cub/block/block_scan.cuh>
 
+#include "csrc/cuda/mass_count.cuh"
 #include "csrc/cuda/select/weigh.cuh"
 
 namespace rtpurbo::cuda {
@@ -30,14 +31,8 @@ struct Cut {
 
 class FindBin {
  public:
-  struct MassCount {
-    double mass;
-    long long count;
-    __device__ MassCount operator+(const MassCount& other) const {
-      return {mass + other.mass, count + other.count};
-    }
-  };
-  using Scan = cub::BlockScan<MassCount, kSelectThreads>;
+  using Reached = MassCount<double>;
+  using Scan = cub::BlockScan<Reached, kSelectThreads>;
   struct Shared {
     typename Scan::TempStorage scan;
     int bin;
@@ -49,19 +44,19 @@ class FindBin {
                             const uint32_t* bin_count, Shared& shared) {
     constexpr int kOwn = kBins / kSelectThreads;
     const int first = threadIdx.x * kOwn;
-    MassCount own[kOwn];
-    MassCount sum{0.0, 0};
+    Reached own[kOwn];
+    Reached sum{0.0, 0};
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const double units = static_cast<double>(__ldcg(&bin_mass[first + j]));
       own[j] = {units * bin_edge(first + j) / (1 << kBinFraction), __ldcg(&bin_count[first + j])};
       sum = sum + own[j];
     }
-    MassCount before, all;
+    Reached before, all;
     Scan(shared.scan)
         .ExclusiveScan(
-            sum, before, MassCount{0.0, 0},
-            [](const MassCount& a, const MassCount& b) { return a + b; }, all);
+            sum, before, Reached{0.0, 0}, [](const Reached& a, const Reached& b) { return a + b; },
+            all);
     const double total = near + all.mass;
     const double target = p.p * total;
     const long long floor = min(static_cast<long long>(p.min_members), all.count);
@@ -79,11 +74,11 @@ class FindBin {
     }
     __syncthreads();
     // Neighbouring threads round the mass between them differently; the lowest bin rules.
-    MassCount reached{near + before.mass, before.count}, before_bin{};
+    Reached reached{near + before.mass, before.count}, before_bin{};
     int bin = kAllBins;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      const MassCount next = reached + own[j];
+      const Reached next = reached + own[j];
       if (!none && bin == kAllBins && own[j].count > 0 && next.mass >= target &&
           next.count >= floor) {
         bin = first + j;

@@ -2,6 +2,7 @@
 // Stage 4: the cut inside the bin. The blocks of a team publish their members of it, and then each
 // finds the same cut by radix selection over all of them.
 
+#include "csrc/cuda/mass_count.cuh"
 #include "csrc/cuda/select/cut.cuh"
 
 namespace rtpurbo::cuda {
@@ -112,16 +113,8 @@ class Cached {
   Shared& shared_;
 };
 
-struct Units {
-  unsigned long long mass;  // of weights relative to the bin's edge, of 2^-30
-  long long count;
-  __device__ Units operator+(const Units& other) const {
-    return {mass + other.mass, count + other.count};
-  }
-  __device__ bool reaches(const Units& wanted) const {
-    return mass >= wanted.mass && count >= wanted.count;
-  }
-};
+/// Weights relative to the bin's edge, in units of 2^-30.
+using Units = MassCount<unsigned long long>;
 
 /// The bin that is cut: weights of its members.
 struct CutBin {
