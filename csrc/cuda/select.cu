@@ -44,12 +44,9 @@ __global__ __launch_bounds__(kSelectThreads,
     } else {
       team.sync();
     }
-    const auto near_log_mass = [&] {
-      if (row.position < row.start) return -INFINITY;
-      const float near = p.near_lse_ptr[problem];
-      return p.offset_ptr ? near - p.offset_ptr[row.head] : near;
-    };
-    const Selection selection = Stages::choose(p, w, team, members, shared.select, near_log_mass);
+    const auto near_log_mass = [&] { return p.near_lse_ptr[problem]; };
+    const Selection selection =
+        Stages::choose(p, w, team, row, members, shared.select, near_log_mass);
     int32_t* indices = p.indices_ptr + problem * p.capacity;
     const int64_t count = selection.cut.count;
     const bool fits = count <= p.capacity;

@@ -117,13 +117,9 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     if (!team.works) break;
     const DecodeSet& set = d.sets[sets.listed[row.head]];
     const int head = d.slot_heads[set.first_slot];
-    const auto near_log_mass = [&]() -> float {
-      if (row.position < row.start) return -INFINITY;
-      const float near = near_lse(d, w.near, row.batch, near_slot(d, head));
-      return p.select.offset_ptr ? near - p.select.offset_ptr[row.head] : near;
-    };
+    const auto near_log_mass = [&] { return near_lse(d, w.near, row.batch, near_slot(d, head)); };
     const Selection selection =
-        S::Stages::choose(p.select, w.select, team, members, shared.select, near_log_mass);
+        S::Stages::choose(p.select, w.select, team, row, members, shared.select, near_log_mass);
     const int own = team.rank * kSelectThreads + static_cast<int>(threadIdx.x);
     if (own == 0) {
       p.select.counts_ptr[problem] = static_cast<int32_t>(selection.cut.count);

@@ -55,6 +55,15 @@ template <typename T>
 __device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, float* lse,
                               MergeShared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // On their way before it is known what they weigh.
+  constexpr int kAhead = 8;
+  const int64_t column = first_column + lane;
+  float ahead[kAhead];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) {
+    const int i = warp + j * kMergeWarps;
+    ahead[j] = column < parts.dim && i < parts.count() ? parts.sum(i, column) : 0.0f;
+  }
   constexpr int kOwn = static_cast<int>(kMostParts / kMergeThreads);
   float2 own[kOwn];
   float largest = -INFINITY;
@@ -83,11 +92,14 @@ __device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, 
   if (lane == 0) shared.totals[warp] = total;
   __syncthreads();
 
-  const int64_t column = first_column + lane;
   float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) {
+    sum = fmaf(shared.shares[warp + j * kMergeWarps], ahead[j], sum);
+  }
   if (column < parts.dim) {
-#pragma unroll 8
-    for (int i = warp; i < parts.count(); i += kMergeWarps) {
+#pragma unroll 4
+    for (int i = warp + kAhead * kMergeWarps; i < parts.count(); i += kMergeWarps) {
       sum = fmaf(shared.shares[i], parts.sum(i, column), sum);
     }
   }

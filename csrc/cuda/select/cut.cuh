@@ -79,8 +79,7 @@ class FindBin {
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const Reached next = reached + own[j];
-      if (!none && bin == kAllBins && own[j].count > 0 && next.mass >= target &&
-          next.count >= floor) {
+      if (!none && bin == kAllBins && own[j].count > 0 && next.reaches({target, floor})) {
         bin = first + j;
         before_bin = reached;
       }

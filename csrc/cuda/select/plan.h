@@ -27,9 +27,13 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   const int64_t problems = p.batch * p.heads * p.rows;
   const int64_t of_group = kGroupKeys / p.block_size;
   const int64_t groups = divide_up(p.keys, kGroupKeys) + 1;  // rows may begin within one
-  const int64_t fitting = std::max<int64_t>(1, kMembersAtOnce / (groups * of_group));
+  const int64_t fitting =
+      std::max<int64_t>(1, kMembersAtOnce / (divide_up(p.keys, kGroupKeys) * of_group));
+  // Rounds of equal size: a last one of few problems would leave most blocks idle.
+  const int64_t most_teams = std::min({problems, fitting, static_cast<int64_t>(blocks)});
+  const int64_t rounds = divide_up(problems, most_teams);
   SelectPlan plan{};
-  plan.teams = static_cast<int>(std::min({problems, fitting, static_cast<int64_t>(blocks)}));
+  plan.teams = static_cast<int>(divide_up(problems, rounds));
   const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
   plan.team_size =
       static_cast<int>(std::min({static_cast<int64_t>(blocks / plan.teams), most, kMostInTeam}));

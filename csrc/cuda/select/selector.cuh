@@ -46,10 +46,11 @@ class Selector {
     Scan<Scorer>::run(p, row, members, shared.scan, w.stats[blockIdx.x]);
   }
 
-  /// The second half. `near_log_mass()` is called by one warp, unless near keys are scored.
+  /// The second half. `near_log_mass()`, of a real row, is called by one warp, unless near keys are
+  /// scored.
   template <typename NearLogMass>
   static __device__ Selection choose(const SelectParams& p, const SelectWorkspace& w, Team& team,
-                                     const Members& members, Shared& shared,
+                                     const Row& row, const Members& members, Shared& shared,
                                      const NearLogMass& near_log_mass) {
     unsigned long long* bin_mass = w.bin_mass + team.number * kBins;
     uint32_t* bin_count = w.bin_count + team.number * kBins;
@@ -61,7 +62,8 @@ class Selector {
         if (p.near_is_scored) shared.near = LogSum{stats.near_shift, stats.near_sum}.log();
       }
     } else if (threadIdx.x < 64 && !p.near_is_scored) {
-      const float near = near_log_mass();
+      float near = row.position < row.start ? -INFINITY : near_log_mass();
+      if (p.offset_ptr) near -= p.offset_ptr[row.head];
       if (threadIdx.x == 32) shared.near = near;
     }
     __syncthreads();

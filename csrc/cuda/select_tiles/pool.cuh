@@ -11,10 +11,8 @@ namespace rtpurbo::cuda::tiles {
 constexpr int kPoolThreads = 256;
 constexpr int kPoolBlocks = 128;  // blocks of keys that a thread block pools
 
-/// Share of a row's mass; 0 where no row is.
-__device__ __forceinline__ float share(float mass, float total) {
-  return total == INFINITY ? 0.0f : fast_exp2(mass - total);
-}
+/// Share of a row's mass.
+__device__ __forceinline__ float share(float mass, float total) { return fast_exp2(mass - total); }
 
 /// The log-masses of four blocks, at a multiple of four. Blocks without far keys have none: another
 /// is read in their place.
@@ -75,6 +73,7 @@ __global__ __launch_bounds__(kPoolThreads) void pool_kernel(
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       const float total = totals[lane + 32 * i];
+      if (total == INFINITY) continue;  // no such row: its masses may not be written
       const float4 mass = masses.load(lane + 32 * i);
       sums[0] += share(mass.x, total);
       sums[1] += share(mass.y, total);

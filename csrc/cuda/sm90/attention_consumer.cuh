@@ -183,8 +183,7 @@ struct Consumer {
         attend_full(total - masked);
       }
       rows.template store<kValues>(params, work, row);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) shared.queries_empty[tile.index].arrive();
+      shared.queries_empty[tile.index].arrive();  // by every thread: each has read the work
       tile.advance();
     }
   }

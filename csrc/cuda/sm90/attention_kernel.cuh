@@ -19,7 +19,7 @@ __global__ __launch_bounds__(kBlockThreads, 1) void attention_kernel(
   if (threadIdx.x == 0) {
     for (int i = 0; i < Memory::kTiles; ++i) {
       shared.queries_full[i].init(1);
-      shared.queries_empty[i].init(kConsumerWarps);
+      shared.queries_empty[i].init(kConsumers * kWarpgroup);
     }
     for (int i = 0; i < Memory::kStages; ++i) {
       shared.stage_full[i].init(1);
