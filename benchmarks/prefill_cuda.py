@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.registry import Case, Run, benchmark
+from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo import ops
 
 HEADS, KV_HEADS, DIM = 32, 4, 128
@@ -60,7 +60,7 @@ def random_lists(keys: int, density: float) -> tuple[Tensor, Tensor, int]:
 
 
 @benchmark
-def prefill_cuda() -> Iterator[Case]:
+def prefill_cuda(wanted: Wanted) -> Iterator[Case]:
     if not torch.cuda.is_available():
         return
     for keys in [2**i * 1024 for i in range(2, 8)]:
