@@ -5,14 +5,16 @@ import importlib
 import json
 import pkgutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import benchmarks
+from benchmarks.choice import Choice
 from benchmarks.measure import measure
-from benchmarks.registry import BENCHMARKS
+from benchmarks.registry import BENCHMARKS, Case
 from rtpurbo.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,13 +24,25 @@ def describe(name: str, result: dict[str, Any]) -> str:
     parameters = " ".join(
         f"{key}={value}" for key, value in result.items() if isinstance(value, int | str)
     )
-    ratios = ", ".join(
+    ratios = [
         f"{ratio:.2f}x {baseline}"
         + (f" (goal {result['goals'][baseline]:.2f})" if baseline in result["goals"] else "")
         for baseline, ratio in result["ratios"].items()
-    )
+    ]
+    notes = [f"no {baseline} ({note})" for baseline, note in result["notes"].items()]
     peak = result["peak_extra_bytes"]["ours"] / 2**20
-    return f"{name} {parameters}: {result['seconds'] * 1e3:.4g} ms, {ratios}, +{peak:.0f} MiB"
+    facts = [f"{result['seconds'] * 1e3:.4g} ms", *ratios, *notes, f"+{peak:.0f} MiB"]
+    return f"{name} {parameters}: {', '.join(facts)}"
+
+
+def measured(name: str, choice: Choice, repeats: int) -> Iterator[dict[str, Any]]:
+    """The rows of a benchmark, a list of cases at a time."""
+    for cases in BENCHMARKS[name](choice.wants):
+        group = [cases] if isinstance(cases, Case) else cases
+        wanted = [choice.narrowed(case) for case in group if choice.wants(case.parameters)]
+        if wanted:
+            yield from measure(wanted, repeats)
+        del cases, group, wanted  # their tensors make room for the next ones
 
 
 def main() -> None:
@@ -38,6 +52,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only cases with these parameters; several values of one name allow each",
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="only against these",
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/TIME.json")
     parser.add_argument("--plot", type=Path, help="also draw times over keys, .png or .svg")
     arguments = parser.parse_args()
@@ -46,6 +76,11 @@ def main() -> None:
         parser.error(
             f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
         )
+
+    try:
+        choice = Choice.parse(arguments.where, arguments.baselines)
+    except ValueError as error:
+        parser.error(str(error))
 
     torch.manual_seed(0)
     where = environment()
@@ -59,14 +94,19 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": where["python"]},
         "results": {},
     }
-    for name in arguments.names or BENCHMARKS:
-        results = report["results"].setdefault(name, [])
-        for case in BENCHMARKS[name]():
-            results.append(measure(case, arguments.repeats))
-            print(describe(name, results[-1]), flush=True)
     output = arguments.output or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    for name in arguments.names or BENCHMARKS:
+        results = report["results"].setdefault(name, [])
+        for result in measured(name, choice, arguments.repeats):
+            results.append(result)
+            print(describe(name, result), flush=True)
+            # Each time, so that a run that is cut off leaves what it has.
+            output.write_text(json.dumps(report, indent=2) + "\n")
+    if not any(report["results"].values()):
+        raise SystemExit(
+            "benchmarks: no case was run; no parameters fit --where, or there is no GPU for them"
+        )
     print(f"written to {output}")
     if arguments.plot:
         from benchmarks.plot import plot  # matplotlib is an extra

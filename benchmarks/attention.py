@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.registry import Case, benchmark
+from benchmarks.masks import dense_pairs, near_pairs
+from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 
 LENGTH, WINDOW, SINKS = 8192, 1024, 4
@@ -21,19 +23,19 @@ class Layer:
     dim: int
     retrieval_heads: tuple[int, ...]
 
-    def qkv(self, rows: int, keys: int, dtype: torch.dtype) -> list[Tensor]:
+    @property
+    def shape(self) -> str:
+        return f"{self.heads}/{self.kv_heads}/{self.dim}"
+
+    def qkv(self, rows: int, keys: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         shapes = ((self.heads, rows), (self.kv_heads, keys), (self.kv_heads, keys))
         return [
-            torch.randn(1, length, heads, self.dim).to(dtype).transpose(1, 2)
+            torch.randn(1, length, heads, self.dim, dtype=dtype, device=device).transpose(1, 2)
             for heads, length in shapes
         ]
 
 
 LAYERS = (Layer(32, 4, 128, (3, 9, 14, 20, 27)), Layer(9, 3, 64, (4,)))
-
-
-def visible_pairs(length: int, window: int, sinks: int) -> int:
-    return sum(min(m + 1, window + min(sinks, max(0, m + 1 - window))) for m in range(length))
 
 
 def masked_sdpa(layer: Layer, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> None:
@@ -49,30 +51,43 @@ def forward_and_backward(function, *leaves: Tensor) -> None:
     torch.autograd.grad(out, leaves, out.detach())
 
 
-@benchmark
-def attention() -> Iterator[Case]:
-    """Goals: 2x SDPA with masks, and 0.6 of the masks' FLOP ratio against causal SDPA."""
+@cache
+def boolean_masks() -> list[Tensor]:
+    """Of local and of retrieval heads."""
     positions = torch.arange(LENGTH)
     distance = positions[:, None] - positions
     causal = distance >= 0
-    masks = [causal & ((distance < WINDOW) | (positions < SINKS)), causal]
+    return [causal & ((distance < WINDOW) | (positions < SINKS)), causal]
+
+
+def parameters_of(layer: Layer, dtype: torch.dtype, length: int) -> dict[str, Any]:
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "heads": layer.shape,
+        "length": length,
+        "window": WINDOW,
+        "retrieval_heads": len(layer.retrieval_heads),
+    }
+
+
+@benchmark
+def attention(wanted: Wanted) -> Iterator[Case]:
+    """Goals: 2x SDPA with masks, and 0.6 of the masks' FLOP ratio against causal SDPA."""
     for layer in LAYERS:
         for dtype in (torch.float32, torch.bfloat16):
+            parameters = parameters_of(layer, dtype, LENGTH)
+            if not wanted(parameters):
+                continue
+            masks = boolean_masks()
             q, k, v = layer.qkv(LENGTH, LENGTH, dtype)
             group = layer.heads // layer.kv_heads
             k_repeated, v_repeated = (x.repeat_interleave(group, 1) for x in (k, v))
             retrieval = list(layer.retrieval_heads)
-            dense = LENGTH * (LENGTH + 1) // 2
-            pairs = visible_pairs(LENGTH, WINDOW, SINKS) * (layer.heads - len(retrieval))
+            dense = dense_pairs(LENGTH)
+            pairs = near_pairs(LENGTH, WINDOW, SINKS) * (layer.heads - len(retrieval))
             pairs += dense * len(retrieval)
             yield Case(
-                parameters={
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "heads": f"{layer.heads}/{layer.kv_heads}/{layer.dim}",
-                    "length": LENGTH,
-                    "window": WINDOW,
-                    "retrieval_heads": len(retrieval),
-                },
+                parameters=parameters,
                 run=partial(ops.attention, q, k, v, retrieval, WINDOW, SINKS, layer.dim**-0.5),
                 baselines={
                     "causal sdpa": partial(sdpa, q, k, v, is_causal=True, enable_gqa=True),
@@ -87,10 +102,13 @@ def attention() -> Iterator[Case]:
 
 
 @benchmark
-def attention_training() -> Iterator[Case]:
+def attention_training(wanted: Wanted) -> Iterator[Case]:
     """Forward and backward; the goal is not to be slower than causal SDPA."""
     for layer in LAYERS:
         for dtype in (torch.float32, torch.bfloat16):
+            parameters = parameters_of(layer, dtype, LENGTH // 2)
+            if not wanted(parameters):
+                continue
             leaves = [x.requires_grad_() for x in layer.qkv(LENGTH // 2, LENGTH // 2, dtype)]
             retrieval, scale = list(layer.retrieval_heads), layer.dim**-0.5
 
@@ -99,13 +117,7 @@ def attention_training() -> Iterator[Case]:
 
             causal = partial(sdpa, is_causal=True, enable_gqa=True)
             yield Case(
-                parameters={
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "heads": f"{layer.heads}/{layer.kv_heads}/{layer.dim}",
-                    "length": LENGTH // 2,
-                    "window": WINDOW,
-                    "retrieval_heads": len(retrieval),
-                },
+                parameters=parameters,
                 run=partial(forward_and_backward, ours, *leaves),
                 baselines={"causal sdpa": partial(forward_and_backward, causal, *leaves)},
                 goals={"causal sdpa": 1.0},

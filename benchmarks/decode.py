@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.attention import LAYERS
-from benchmarks.registry import Case, benchmark
+from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 
 KEYS, WINDOW, SINKS = 32768, 1024, 4
@@ -23,23 +23,26 @@ def random_members(heads: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 @benchmark
-def decode() -> Iterator[Case]:
+def decode(wanted: Wanted) -> Iterator[Case]:
     """The goal is 3x dense SDPA with 2048 selected keys a retrieval head."""
     for layer in LAYERS:
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, v = layer.qkv(1, KEYS, dtype)
-            k, v = k.contiguous(), v.contiguous()
             retrieval = list(layer.retrieval_heads)
             for selected in (2048, None):
+                parameters = {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "heads": layer.shape,
+                    "keys": KEYS,
+                    "window": WINDOW,
+                    "selected": selected or "all",
+                }
+                if not wanted(parameters):
+                    continue
+                q, k, v = layer.qkv(1, KEYS, dtype)
+                k, v = k.contiguous(), v.contiguous()
                 lists = random_members(len(retrieval), selected) if selected else (None, None)
                 yield Case(
-                    parameters={
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "heads": f"{layer.heads}/{layer.kv_heads}/{layer.dim}",
-                        "keys": KEYS,
-                        "window": WINDOW,
-                        "selected": selected or "all",
-                    },
+                    parameters=parameters,
                     run=partial(
                         ops.decode,
                         q,

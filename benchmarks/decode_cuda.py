@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.registry import Case, benchmark
+from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 from rtpurbo.attention import SPARED_BYTES
 
@@ -126,19 +126,23 @@ SHAPES = [
 
 
 @benchmark
-def decode_cuda() -> Iterator[Case]:
+def decode_cuda(wanted: Wanted) -> Iterator[Case]:
     if not torch.cuda.is_available():
         return
     for shape in SHAPES:
         batch, keys, bits = shape["batch"], shape["keys"], shape.get("bits", 16)
         heads = EVERY_HEAD if shape.get("heads") == "all" else RETRIEVAL
         rounds = 6 if batch * keys <= 524_288 else 3
-        steps = [Step(batch, keys, heads, bits, shape.get("shared", False)) for _ in range(rounds)]
         parts = PARTS if keys in (131_072, 1_048_576) and batch == 1 else {"step": Step.whole}
-        for part, call in parts.items():
+        parameters = {part: {"part": part, **shape, "selected": SELECTED} for part in parts}
+        chosen = [part for part in parts if wanted(parameters[part])]
+        if not chosen:
+            continue
+        steps = [Step(batch, keys, heads, bits, shape.get("shared", False)) for _ in range(rounds)]
+        for part in chosen:
             yield Case(
-                parameters={"part": part, **shape, "selected": SELECTED},
-                run=all_of(steps, call),
+                parameters=parameters[part],
+                run=all_of(steps, PARTS[part]),
                 baselines=baselines(steps) if part == "step" else {},
                 rounds=len(steps),
                 device="cuda",

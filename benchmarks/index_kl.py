@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import LAYERS
-from benchmarks.registry import Case, benchmark
+from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 
 KEYS, ROWS, WINDOW, SINKS, INDEX_DIM = 8192, 512, 1024, 4, 16
@@ -49,13 +49,23 @@ def eager(
 
 
 @benchmark
-def index_kl() -> Iterator[Case]:
+def index_kl(wanted: Wanted) -> Iterator[Case]:
     """The goal is twice the eager speed; the rows lie all over the sequence."""
     for layer in LAYERS:
         for dtype in (torch.float32, torch.bfloat16):
-            q, k, _ = layer.qkv(ROWS, KEYS, dtype)
             heads = list(layer.retrieval_heads)
             for beyond_window in (True, False):
+                parameters = {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "heads": layer.shape,
+                    "retrieval": len(heads),
+                    "keys": KEYS,
+                    "rows": ROWS,
+                    "index": "beyond_window" if beyond_window else "full",
+                }
+                if not wanted(parameters):
+                    continue
+                q, k, _ = layer.qkv(ROWS, KEYS, dtype)
                 arguments = (
                     q,
                     k,
@@ -71,14 +81,7 @@ def index_kl() -> Iterator[Case]:
                     beyond_window,
                 )
                 yield Case(
-                    parameters={
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "heads": f"{layer.heads}/{layer.kv_heads}/{layer.dim}",
-                        "retrieval": len(heads),
-                        "keys": KEYS,
-                        "rows": ROWS,
-                        "index": "beyond_window" if beyond_window else "full",
-                    },
+                    parameters=parameters,
                     run=partial(ops.index_kl, *arguments),
                     baselines={"eager": partial(eager, *arguments)},
                     goals={"eager": 2.0},

@@ -1,8 +1,11 @@
-"""Times a case and its baselines in turns and reads the peak of memory beside each."""
+"""Times cases and their baselines in turns and reads the peak of memory beside each."""
 
 import ctypes
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,22 +13,57 @@ import torch
 from benchmarks.registry import Case, Run
 
 CUDA_REPEATS = 10
+CUDA_SECONDS = 1.0
+"""What the repeats of one callable may take, as far as two of them do."""
+LONG = 0.2
+"""Seconds from which launches no longer count, so that a graph is not worth two more runs."""
 
 
-def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """Median seconds, ratios (above 1: faster than the baseline), peak extra memory in bytes."""
-    runs: dict[str, Run] = {"ours": case.run, **case.baselines}
-    on_cuda = case.device == "cuda"
-    peak, clock = (cuda_peak_bytes, cuda_seconds) if on_cuda else (peak_extra_bytes, seconds)
-    peaks = {name: peak(run) for name, run in runs.items()}  # these runs warm up, too
-    if on_cuda:
-        runs = {name: captured(run) for name, run in runs.items()}
-        repeats *= CUDA_REPEATS
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(clock(run) / case.rounds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+@dataclass
+class Timer:
+    """A callable that is warm, how often it is to be timed, and what was read so far."""
+
+    run: Run
+    clock: Callable[[Run], float]
+    repeats: int
+    peak: int
+    seconds: list[float] = field(default_factory=list)
+
+    def take_turn(self) -> None:
+        if len(self.seconds) < self.repeats:
+            self.seconds.append(self.clock(self.run))
+
+
+def measure(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+    """A row for each case: median seconds, ratios (above 1: faster than the baseline), peaks.
+
+    A baseline that cannot run, for want of memory or of a compiler, gets a note instead of times.
+    """
+    if cases[0].device == "cuda":
+        # One pool for all graphs: nothing reads their outputs, so they may overwrite each other.
+        timer_of = partial(cuda_timer, repeats=repeats, pool=torch.cuda.graph_pool_handle())
+    else:
+        timer_of = partial(cpu_timer, repeats=repeats)
+    ours = {case.run for case in cases}
+    timers: dict[Run, Timer] = {}
+    failures: dict[Run, str] = {}
+    for run in dict.fromkeys(r for case in cases for r in (case.run, *case.baselines.values())):
+        try:
+            timers[run] = timer_of(run)
+        except RuntimeError as error:
+            if run in ours:
+                raise
+            failures[run] = f"{type(error).__name__}: {error}".splitlines()[0]
+    for _ in range(max(timer.repeats for timer in timers.values())):
+        for timer in timers.values():
+            timer.take_turn()
+    return [row(case, timers, failures) for case in cases]
+
+
+def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[str, Any]:
+    runs = {"ours": case.run, **case.baselines}
+    timed = {name: timers[run] for name, run in runs.items() if run in timers}
+    medians = {name: statistics.median(t.seconds) / case.rounds for name, t in timed.items()}
     ours = medians.pop("ours")
     ratios = {name: median / ours for name, median in medians.items()}
     return {
@@ -34,15 +72,39 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "baseline_seconds": medians,
         "ratios": ratios,
         "goals": case.goals,
-        "reached": all(ratios[name] >= goal for name, goal in case.goals.items()),
+        "reached": all(ratios.get(name, 0.0) >= goal for name, goal in case.goals.items()),
         "gflops_per_second": case.flops / ours / 1e9 if case.flops else None,
-        "peak_extra_bytes": peaks,
+        "peak_extra_bytes": {name: timer.peak for name, timer in timed.items()},
+        "repeats": {name: len(timer.seconds) for name, timer in timed.items()},
+        "notes": {name: failures[run] for name, run in runs.items() if run in failures},
     }
 
 
-def captured(run: Run) -> Run:
+def cpu_timer(run: Run, repeats: int) -> Timer:
+    return Timer(run, seconds, repeats, peak=peak_extra_bytes(run))  # warms up, too
+
+
+def cuda_timer(run: Run, repeats: int, pool: Any) -> Timer:
+    run()  # warms up
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    taken = cuda_seconds(run)
+    peak = torch.cuda.max_memory_allocated() - before
+    repeats = affordable(taken, repeats * CUDA_REPEATS)
+    if taken > LONG:
+        return Timer(run, cuda_seconds, repeats, peak, [taken])
+    return Timer(captured(run, pool), cuda_seconds, repeats, peak)
+
+
+def affordable(taken: float, most: int) -> int:
+    """Repeats of a run that takes so many seconds: two at least, for a median."""
+    return max(2, min(most, int(CUDA_SECONDS / taken)))
+
+
+def captured(run: Run, pool: Any) -> Run:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         run()
     graph.replay()
     return graph.replay
@@ -55,16 +117,6 @@ def cuda_seconds(run: Run) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
-
-
-def cuda_peak_bytes(run: Run) -> int:
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def seconds(run: Run) -> float:

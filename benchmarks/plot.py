@@ -15,10 +15,11 @@ def curves(results: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
             continue
         # What a benchmark varies besides; the same everywhere in a panel says nothing.
         names = [n for n in parameters(result) if n != "keys" and varies(results, n)]
-        case = " ".join(f"{name} {result[name]}" for name in names if name in result)
-        lines.setdefault(case or "ours", {})[result["keys"]] = result["seconds"]
-        for name, seconds in result["baseline_seconds"].items():
-            lines.setdefault(f"{name}, {case}" if case else name, {})[result["keys"]] = seconds
+        lines.setdefault(label(result, names) or "ours", {})[result["keys"]] = result["seconds"]
+        for baseline, seconds in result["baseline_seconds"].items():
+            case = label(result, telling_apart(results, baseline, names))
+            line = f"{baseline}, {case}" if case else baseline
+            lines.setdefault(line, {})[result["keys"]] = seconds
     return {name: sorted(points.items()) for name, points in lines.items() if len(points) > 1}
 
 
@@ -26,6 +27,25 @@ def parameters(result: dict[str, Any]) -> list[str]:
     """The names of a case's parameters, which stand before its seconds."""
     names = list(result)
     return names[: names.index("seconds")]
+
+
+def label(result: dict[str, Any], names: list[str]) -> str:
+    return " ".join(f"{name} {result[name]}" for name in names if name in result)
+
+
+def telling_apart(results: list[dict[str, Any]], baseline: str, names: list[str]) -> list[str]:
+    """Those of the parameters on which a baseline depends: cases may share its times."""
+    kept = list(names)
+    for name in names:
+        others = [n for n in kept if n != name]
+        times: dict[tuple[Any, ...], set[float]] = {}
+        for result in results:
+            if "keys" in result and baseline in result["baseline_seconds"]:
+                place = result["keys"], *(result.get(n) for n in others)
+                times.setdefault(place, set()).add(result["baseline_seconds"][baseline])
+        if all(len(seconds) == 1 for seconds in times.values()):
+            kept = others
+    return kept
 
 
 def varies(results: list[dict[str, Any]], name: str) -> bool:

@@ -1,7 +1,18 @@
-"""Attention of one prefilled layer on the GPU against dense SDPA: near, dense and listed heads.
+"""Attention of one prefilled layer on the GPU against dense SDPA and compiled flex_attention.
 
-"layer" is head-wise attention with dense retrieval heads, "lists" has a random part of the far
-blocks for every head. Rates count the FLOPs of the mask. Times are of graph replays.
+| mode | what runs |
+|---|---|
+| near, dense | `attention` with all heads local, with all heads dense |
+| layer | `attention` with retrieval heads dense and the others local |
+| lists | `attention` of random block lists of one density for every head |
+| sparse | a layer of `prefill="sparse"`, form `beyond_window`: the next three after each other |
+| near_lse, select_tiles | of the retrieval heads |
+| attention | retrieval heads by block lists, the others local |
+
+An index with random keys gives no say in the density. So `select_tiles` runs in full, its time
+hardly depends on the data, but the attention reads random lists of the named density: the share of
+the causal pairs of a row and a key that a retrieval head attends to, window and sinks included.
+Rates count the FLOPs of the attention's mask. Goals are for the default window.
 """
 
 from collections.abc import Iterator
@@ -9,92 +20,130 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.attention import SDPBackend
 
-from benchmarks.registry import Case, Run, benchmark
-from rtpurbo import ops
+from benchmarks.attention import LAYERS, Layer
+from benchmarks.masks import dense_pairs, near_pairs
+from benchmarks.prefill_layer import SINKS, Prefill
+from benchmarks.random_lists import ListPlan
+from benchmarks.registry import Case, Run, Wanted, benchmark
 
-HEADS, KV_HEADS, DIM = 32, 4, 128
-RETRIEVAL = [1, 9, 10, 17, 30]
-WINDOW, SINKS = 8192, 4
-TILE, BLOCK = 128, 64
-SCALE = DIM**-0.5
-DENSITIES = [0.05, 0.12, 0.3]
+LARGE, SMALL = LAYERS  # the second is SmolLM2-135M's
+LENGTHS = [(LARGE, 2**i * 1024) for i in range(2, 11)] + [(SMALL, 32768)]
+WINDOW = 8192
+WINDOWS = {LARGE: (1024, WINDOW), SMALL: (1024,)}
+NAMED = {131_072: (0.15, 0.28), 524_288: (0.12,), 1 << 20: (0.05, 0.08)}
+GRID, GRID_LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5), (32768, 131_072)
+SMALL_DENSITY = 0.19  # what that model needs at 32K
+PARTS_AT = (131_072, 1 << 20)
+LISTS, LISTS_UP_TO = (0.05, 0.12, 0.3), 131_072
+FLEX_UP_TO = 131_072
 BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
+LAYER_GOALS = {
+    32768: 2.83, 65536: 4.25, 131_072: 5.92, 262_144: 7.47, 524_288: 8.62, 1 << 20: 9.36,
+}  # fmt: skip
+SPARSE_GOALS = {
+    (131_072, 0.15): 6.5, (131_072, 0.28): 5.5, (524_288, 0.12): 14.0, (1 << 20, 0.05): 30.0,
+    (1 << 20, 0.08): 25.0,
+}  # fmt: skip
 
-def dense_pairs(keys: int) -> int:
-    return keys * (keys + 1) // 2
+
+def parameters_at(layer: Layer, keys: int) -> Iterator[dict[str, Any]]:
+    """Of all cases of a length."""
+
+    def named(mode: str, **others: Any) -> dict[str, Any]:
+        return {"heads": layer.shape, "mode": mode, "keys": keys, **others}
+
+    named_densities = (SMALL_DENSITY,) if layer is SMALL else NAMED.get(keys, ())
+    grid = GRID if layer is LARGE and keys in GRID_LENGTHS else ()
+    yield named("dense")
+    for window in WINDOWS[layer]:
+        yield named("near", window=window)
+        yield named("layer", window=window)
+        for density in sorted({*named_densities, *grid}):
+            if density >= lowest_density(keys, window):
+                yield named("sparse", window=window, density=str(density))
+        if layer is LARGE and keys in PARTS_AT:
+            yield named("near_lse", window=window)
+            yield named("select_tiles", window=window)
+            for density in named_densities:
+                yield named("attention", window=window, density=str(density))
+    if layer is LARGE and keys <= LISTS_UP_TO:
+        for density in LISTS:
+            if density >= lowest_density(keys, window=1):
+                yield named("lists", density=str(density))
 
 
-def near_pairs(keys: int) -> int:
-    """Pairs of a row and a key that it sees through the window or as a sink."""
-    far = max(0, keys - WINDOW)
-    return (
-        dense_pairs(min(keys, WINDOW))
-        + far * WINDOW
-        + sum(range(1, min(far, SINKS) + 1))
-        + (max(0, far - SINKS) * SINKS)
+def lowest_density(keys: int, window: int) -> float:
+    return ListPlan(keys, window, SINKS).pairs / dense_pairs(keys)
+
+
+def goals(layer: Layer, parameters: dict[str, Any]) -> dict[str, float]:
+    mode, keys, window = parameters["mode"], parameters["keys"], parameters.get("window")
+    if layer is SMALL:
+        return {"cudnn": 3.0} if mode == "sparse" else {}
+    if mode == "dense" and keys >= 16384:
+        return {"cudnn": 1.0}
+    if mode == "layer" and window == WINDOW and keys in LAYER_GOALS:
+        return {"flash": LAYER_GOALS[keys]}
+    if mode == "sparse" and window == WINDOW:
+        density = float(parameters["density"])
+        return {"cudnn": SPARSE_GOALS[keys, density]} if (keys, density) in SPARSE_GOALS else {}
+    return {}
+
+
+def case_of(prefill: Prefill, parameters: dict[str, Any], dense: dict[str, Run]) -> Case:
+    layer, keys, mode = prefill.layer, prefill.keys, parameters["mode"]
+    window = parameters.get("window", 1)  # of dense and listed heads: none
+    every = list(range(layer.heads))
+    heads = {"near": [], "dense": every, "lists": every}.get(mode, prefill.retrieval)
+    baselines, listed = dense, dense_pairs(keys)
+    run: Run
+    if mode in ("near", "dense", "layer"):
+        run = partial(prefill.attend, heads, window)
+        if mode != "dense" and keys <= FLEX_UP_TO:
+            baselines = {**dense, "flex": prefill.flex(heads, window)}
+    elif "density" in parameters:
+        plan = ListPlan(keys, window, SINKS, float(parameters["density"]))
+        listed, lists = plan.pairs, plan.draw(len(heads), prefill.device)
+        if mode == "sparse":
+            run = partial(prefill.sparse, window, lists)
+        else:
+            run = partial(prefill.attend, heads, window, lists)
+    elif mode == "near_lse":
+        run = partial(prefill.near_lse, window)
+    else:
+        run = partial(prefill.select_tiles, window, prefill.near_lse(window))
+    is_selection = mode in ("near_lse", "select_tiles")
+    pairs = len(heads) * listed + (layer.heads - len(heads)) * near_pairs(keys, window, SINKS)
+    return Case(
+        parameters=parameters,
+        run=run,
+        baselines={} if is_selection or mode == "attention" else baselines,
+        flops=None if is_selection else 4.0 * layer.dim * pairs,
+        goals=goals(layer, parameters),
+        device=prefill.device,
     )
 
 
-def random_lists(keys: int, density: float) -> tuple[Tensor, Tensor, int]:
-    """Indices and counts: the first block, those of the tile's rows, a random part of the rest.
-
-    Also the pairs of a row and a key that it sees.
-    """
-    tiles, blocks = keys // TILE, keys // BLOCK
-    per_tile = TILE // BLOCK
-    tile = torch.arange(tiles, device="cuda")[:, None]
-    block = torch.arange(blocks, device="cuda")
-    picked = torch.rand(HEADS, tiles, blocks, device="cuda") < density
-    picked = (picked | (block == 0) | (block >= per_tile * tile)) & (block < per_tile * (tile + 1))
-    counts = picked.sum(-1, dtype=torch.int32)
-    order = torch.where(picked, block, blocks).sort(-1).values
-    indices = order[..., : int(counts.max())].to(torch.int32).contiguous()
-    whole = int(counts.sum()) - HEADS * tiles * per_tile
-    pairs = whole * BLOCK * TILE + HEADS * tiles * TILE * (TILE + 1) // 2
-    return indices[None], counts[None], pairs
+def cases_at(
+    layer: Layer, keys: int, chosen: list[dict[str, Any]], device: str = "cuda"
+) -> list[Case]:
+    """They share the tensors and the dense baselines, by far the slowest runs."""
+    prefill = Prefill(layer, keys, device)
+    dense: dict[str, Run] = {
+        name: partial(prefill.dense, backend) for name, backend in BASELINES.items()
+    }
+    return [case_of(prefill, parameters, dense) for parameters in chosen]
 
 
 @benchmark
-def prefill_cuda() -> Iterator[Case]:
+def prefill_cuda(wanted: Wanted) -> Iterator[list[Case]]:
     if not torch.cuda.is_available():
         return
-    for keys in [2**i * 1024 for i in range(2, 8)]:
-        q, k, v = (
-            torch.randn(1, keys, heads, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-            for heads in (HEADS, KV_HEADS, KV_HEADS)
-        )
-
-        def attend(heads: list[int], **lists: Any) -> Run:
-            return lambda: ops.attention(q, k, v, heads, WINDOW, SINKS, SCALE, **lists)  # noqa: B023
-
-        def dense(backend: SDPBackend) -> Tensor:
-            with sdpa_kernel(backend):
-                return sdpa(q, k, v, is_causal=True, enable_gqa=True)  # noqa: B023
-
-        baselines: dict[str, Run] = {name: partial(dense, b) for name, b in BASELINES.items()}
-        every = list(range(HEADS))
-        near = near_pairs(keys)
-        for mode, heads in (("near", []), ("dense", every), ("layer", RETRIEVAL)):
-            pairs = len(heads) * dense_pairs(keys) + (HEADS - len(heads)) * near
-            yield Case(
-                parameters={"mode": mode, "keys": keys},
-                run=attend(heads),
-                baselines=baselines,
-                flops=4.0 * DIM * pairs,
-                goals={"cudnn": 1.0} if mode == "dense" else {},
-                device="cuda",
-            )
-        for density in DENSITIES:
-            indices, counts, pairs = random_lists(keys, density)
-            yield Case(
-                parameters={"mode": "lists", "keys": keys, "density": str(density)},
-                run=attend(every, block_indices=indices, block_counts=counts),
-                baselines=baselines,
-                flops=4.0 * DIM * pairs,
-                device="cuda",
-            )
+    for layer, keys in LENGTHS:
+        chosen = [parameters for parameters in parameters_at(layer, keys) if wanted(parameters)]
+        if chosen:
+            yield cases_at(layer, keys, chosen)
+            torch.cuda.empty_cache()

@@ -1,14 +1,15 @@
 """What a benchmark is, and the list of all of them.
 
-A module of this package registers a function that yields cases. The runner times the case and its
-baselines in turns, so that their ratio comes from one run.
+A module of this package registers a function that yields cases. It is told which are wanted, so
+that it builds no tensors for others. The runner times a case and its baselines in turns, so that
+their ratio comes from one run; cases yielded as a list take their turns together.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-Run = Callable[[], object]
+Run: TypeAlias = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Case:
     """One line of the results: `run` against `baselines`.
 
     `flops` are those of `run`'s mask; `goals` gives, by baseline, the speed ratio to reach. A call
-    of `run` or a baseline does the work `rounds` times. On "cuda" the calls are captured in graphs.
+    of `run` or a baseline does the work `rounds` times. On "cuda" short calls are captured in
+    graphs. A baseline that cases of a list share, the same object, is timed once for all of them.
     """
 
     parameters: dict[str, Any]
@@ -28,10 +30,15 @@ class Case:
     device: str = "cpu"
 
 
-BENCHMARKS: dict[str, Callable[[], Iterator[Case]]] = {}
+Wanted: TypeAlias = Callable[[dict[str, Any]], bool]
+"""Tells by its parameters whether a case is to run."""
+
+Benchmark: TypeAlias = Callable[[Wanted], Iterator[Case | list[Case]]]
+
+BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def benchmark(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
+def benchmark(function: Benchmark) -> Benchmark:
     """Registers a generator of cases under its own name."""
     BENCHMARKS[function.__name__] = function
     return function

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, benchmark
+from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 
 HEADS, INDEX_DIM, WINDOW, SINKS, P, MIN_TOKENS = 5, 16, 1024, 4, 0.9, 64
@@ -46,13 +46,16 @@ def index_tensors(rows: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @benchmark
-def select() -> Iterator[Case]:
+def select(wanted: Wanted) -> Iterator[Case]:
     """One decoded token; the baseline sorts all far keys."""
     for keys in (8192, 32768, 131072):
         for block_size in (1, BLOCK):
+            parameters = {"retrieval": HEADS, "keys": keys, "block_size": block_size}
+            if not wanted(parameters):
+                continue
             q_index, k_index, near_lse = index_tensors(1, keys)
             yield Case(
-                parameters={"retrieval": HEADS, "keys": keys, "block_size": block_size},
+                parameters=parameters,
                 run=partial(
                     ops.select,
                     q_index,
@@ -71,17 +74,21 @@ def select() -> Iterator[Case]:
 
 
 @benchmark
-def select_index_bits() -> Iterator[Case]:
+def select_index_bits(wanted: Wanted) -> Iterator[Case]:
     """One decoded token with all far keys quantised, against keys of 16 bits."""
     for keys in (32768, 131072):
+        all_parameters = [{"retrieval": HEADS, "keys": keys, "bits": bits} for bits in (8, 4)]
+        chosen = [parameters for parameters in all_parameters if wanted(parameters)]
+        if not chosen:
+            continue
         q_index, k_index, near_lse = index_tensors(1, keys)
         mask = list(range(HEADS)), P, WINDOW, SINKS, MIN_TOKENS, 1, near_lse
         far = (keys - WINDOW) // BLOCK * BLOCK
-        for bits in (8, 4):
-            codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
+        for parameters in chosen:
+            codes, ranges = ops.quantize_index(k_index[:, :, :far], parameters["bits"])
             tail = k_index[:, :, far:].contiguous()
             yield Case(
-                parameters={"retrieval": HEADS, "keys": keys, "bits": bits},
+                parameters=parameters,
                 run=partial(ops.select, q_index, tail, *mask, codes=codes, ranges=ranges),
                 baselines={"16 bits": partial(ops.select, q_index, k_index, *mask)},
                 goals={"16 bits": 1.0},
@@ -89,13 +96,16 @@ def select_index_bits() -> Iterator[Case]:
 
 
 @benchmark
-def select_tiles() -> Iterator[Case]:
+def select_tiles(wanted: Wanted) -> Iterator[Case]:
     """Block lists of a whole prefill; the baseline stops at the pooled shares of the blocks."""
     for rows, keys in ((8192, 8192), (2048, 32768)):
-        q_index, k_index, near_lse = index_tensors(rows, keys)
         for rank in ("sum", "max"):
+            parameters = {"retrieval": HEADS, "rows": rows, "keys": keys, "rank": rank}
+            if not wanted(parameters):
+                continue
+            q_index, k_index, near_lse = index_tensors(rows, keys)
             yield Case(
-                parameters={"retrieval": HEADS, "rows": rows, "keys": keys, "rank": rank},
+                parameters=parameters,
                 run=partial(
                     ops.select_tiles,
                     q_index,

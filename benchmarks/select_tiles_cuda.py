@@ -6,11 +6,12 @@ The baseline is eager PyTorch for one head, where its N x N scores fit.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, benchmark
+from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo import ops
 
 INDEX_DIM, WINDOW, SINKS, MIN_BLOCKS, THRESHOLD = 16, 1024, 4, 4, 0.9
@@ -30,26 +31,31 @@ def pooled_shares(q_index: Tensor, k_index: Tensor, near_lse: Tensor) -> Tensor:
 
 
 @benchmark
-def select_tiles_cuda() -> Iterator[Case]:
+def select_tiles_cuda(wanted: Wanted) -> Iterator[Case]:
     if not torch.cuda.is_available():
         return
     for heads, keys in ((1, 8192), (5, 8192), (1, 32768), (5, 32768), (1, 131_072), (1, 1 << 20)):
+        all_parameters: list[dict[str, Any]] = [
+            {"rank": rank, "heads": heads, "keys": keys, "scores": heads * keys * (keys + 1) // 2}
+            for rank in ("sum", "max")
+        ]
+        chosen = [parameters for parameters in all_parameters if wanted(parameters)]
+        if not chosen:
+            continue
         shape = 1, heads, keys, INDEX_DIM
         q_index = torch.randn(shape, device="cuda", dtype=torch.float16) * 3
         k_index = torch.randn(shape, device="cuda", dtype=torch.float16)
         near_lse = torch.full(shape[:3], 8.0, device="cuda")
         threshold = torch.full((heads,), THRESHOLD, device="cuda")
         arguments = q_index, k_index, list(range(heads)), threshold, WINDOW, SINKS, MIN_BLOCKS
-        eager = {"eager": partial(pooled_shares, q_index, k_index, near_lse)}
-        for rank in ("sum", "max"):
+        eager: dict[str, Run] = {"eager": partial(pooled_shares, q_index, k_index, near_lse)}
+        for parameters in chosen:
+            rank = parameters["rank"]
             yield Case(
-                parameters={
-                    "rank": rank, "heads": heads, "keys": keys,
-                    "scores": heads * keys * (keys + 1) // 2,
-                },
+                parameters=parameters,
                 run=partial(ops.select_tiles, *arguments, near_lse=near_lse, rank=rank),
                 baselines=eager if rank == "sum" and heads == 1 and keys <= 32768 else {},
                 device="cuda",
-            )  # fmt: skip
+            )
         del q_index, k_index, near_lse, arguments, eager
         torch.cuda.empty_cache()

@@ -346,6 +346,10 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Runs, of which the median counts.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Results, JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Times over keys, .png or .svg.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only cases with these parameters, NAME=VALUE.")
+    ] = None,
+    baselines: Annotated[list[str] | None, typer.Option(help="Only against these.")] = None,
 ) -> None:
     """Run the operator benchmarks of a source checkout."""
     root = Path(rtpurbo.__file__).resolve().parents[1]
@@ -357,6 +361,10 @@ def bench(
         command += ["--output", str(output.resolve())]
     if plot is not None:
         command += ["--plot", str(plot.resolve())]
+    if where:
+        command += ["--where", *where]
+    if baselines:
+        command += ["--baselines", *baselines]
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 

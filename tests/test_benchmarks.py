@@ -37,6 +37,15 @@ def test_a_line_has_the_cases_that_differ_in_keys_alone():
     }
 
 
+def test_a_baseline_that_cases_share_is_one_line():
+    results = [
+        {**result(keys, seconds, mode=mode), "baseline_seconds": {"flash": 9.0 * keys}}
+        for mode, seconds in (("near", 1.0), ("dense", 2.0))
+        for keys in (1024, 2048)
+    ]
+    assert list(curves(results)) == ["mode near", "flash", "mode dense"]
+
+
 def test_the_picture(tmp_path):
     figure = plot(report(result(1024, 1.0), result(2048, 3.0)), tmp_path / "decode.png")
     assert [line.get_label() for line in figure.axes[0].lines] == ["ours", "flash"]

@@ -223,10 +223,12 @@ def test_bench_runs_the_checkout(monkeypatch, tmp_path):
 
     monkeypatch.setattr("rtpurbo.commands.subprocess.run", record)
     files = ("-o", tmp_path / "r.json", "--plot", tmp_path / "r.png")
-    run("bench", "decode", "--repeats", 1, *files)
+    chosen = ("--where", "keys=9,mode=near", "--where", "keys=8", "--baselines", "cudnn")
+    run("bench", "decode", "--repeats", 1, *files, *chosen)
     ((command, root),) = calls
     assert command == ["-m", "benchmarks", "decode", "--repeats", "1", "--output",
-                       str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]  # fmt: skip
+                       str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png"), "--where",
+                       "keys=9,mode=near", "keys=8", "--baselines", "cudnn"]  # fmt: skip
     assert (root / "benchmarks" / "__main__.py").is_file()
     monkeypatch.setattr("rtpurbo.__file__", str(tmp_path / "rtpurbo" / "__init__.py"))
     assert "source checkout" in run("bench", code=2)

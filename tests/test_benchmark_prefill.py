@@ -1,0 +1,95 @@
+"""The cases of the prefill benchmark, on the CPU."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import flex, prefill_cuda, prefill_layer
+from benchmarks.attention import Layer
+from benchmarks.masks import dense_pairs, near_pairs
+from benchmarks.prefill_layer import SINKS, Prefill
+from benchmarks.random_lists import ListPlan
+from rtpurbo import ops
+
+LAYER = Layer(4, 2, 16, (1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("heads", [[], [1, 2]])
+def test_flex_attention_and_attention_see_the_same(monkeypatch, heads):
+    monkeypatch.setattr(flex, "compiled", lambda: flex_attention)
+    prefill = Prefill(LAYER, 512, "cpu")
+    ours, theirs = prefill.attend(heads, 200), prefill.flex(heads, 200)()
+    assert (ours.float() - theirs.float()).abs().max() < 0.02
+    assert (ours.float() - prefill.attend([0], 200).float()).abs().max() > 0.05
+
+
+def parameters(mode, window=200, density=None):
+    extra = {} if density is None else {"density": density}
+    return {"mode": mode, "keys": 1024, "window": window, **extra}
+
+
+CASES = [
+    parameters("dense"),
+    parameters("near"),
+    parameters("layer"),
+    parameters("lists", 1, "0.3"),
+    parameters("sparse", density="0.7"),
+    parameters("attention", density="0.7"),
+    parameters("near_lse"),
+    parameters("select_tiles"),
+]
+
+
+def test_every_mode_runs_and_the_slow_baselines_are_shared():
+    cases = prefill_cuda.cases_at(LAYER, 1024, CASES, "cpu")
+    assert [case.parameters for case in cases] == CASES
+    for case in cases:
+        case.run()
+    assert len({case.baselines["cudnn"] for case in cases if case.baselines}) == 1
+    alone = [case.parameters["mode"] for case in cases if not case.baselines]
+    assert alone == ["attention", "near_lse", "select_tiles"]
+    against_flex = [case.parameters["mode"] for case in cases if "flex" in case.baselines]
+    assert against_flex == ["near", "layer"]
+
+
+def test_flops_are_those_of_the_mask():
+    near, dense, pair = near_pairs(1024, 200, SINKS), dense_pairs(1024), 4 * LAYER.dim
+    half = ListPlan(1024, 200, SINKS, 0.7).pairs
+    pairs = [4 * dense, 4 * near, 2 * dense + 2 * near, 4 * ListPlan(1024, 1, SINKS, 0.3).pairs,
+             2 * half + 2 * near, 2 * half + 2 * near]  # fmt: skip
+    cases = prefill_cuda.cases_at(LAYER, 1024, CASES, "cpu")
+    assert [case.flops for case in cases] == [*(pair * p for p in pairs), None, None]
+
+
+def test_a_sparse_layer_selects_and_attends_to_the_given_lists(monkeypatch):
+    (sparse,) = prefill_cuda.cases_at(LAYER, 1024, [parameters("sparse", density="0.7")], "cpu")
+    calls = []
+    for name in ("near_lse", "select_tiles", "attention"):
+        operator = getattr(ops, name)
+
+        def record(*args, name=name, operator=operator, **kwargs):
+            calls.append((name, kwargs))
+            return operator(*args, **kwargs)
+
+        monkeypatch.setattr(prefill_layer.ops, name, record)
+    sparse.run()
+    assert [name for name, _ in calls] == ["near_lse", "select_tiles", "attention"]
+    assert calls[1][1]["rank"] == "max" and calls[1][1]["near_lse"] is not None
+    counts = calls[2][1]["block_counts"]
+    assert torch.equal(counts[0, 0].long(), ListPlan(1024, 200, SINKS, 0.7).counts)
+
+
+def test_every_goal_has_its_case():
+    goals = [
+        (p["keys"], p.get("density"), goal)
+        for layer, keys in prefill_cuda.LENGTHS
+        for p in prefill_cuda.parameters_at(layer, keys)
+        for goal in [prefill_cuda.goals(layer, p)]
+        if goal and p["mode"] != "dense"
+    ]
+    expected = {(keys, None, goal) for keys, goal in prefill_cuda.LAYER_GOALS.items()}
+    expected |= {(k, str(d), goal) for (k, d), goal in prefill_cuda.SPARSE_GOALS.items()}
+    expected.add((32768, "0.19", 3.0))
+    assert {(k, d, *goal.values()) for k, d, goal in goals} == expected
+    assert len(goals) == len(expected)
