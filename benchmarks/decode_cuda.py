@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
-from rtpurbo.attention import SPARED_BYTES
+from rtpurbo.attention import fewest_to_select_from
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
 RETRIEVAL = [1, 9, 10, 17, 30]
@@ -69,8 +69,9 @@ class Step:
         """As a model does it."""
         far = self.k.shape[2] - WINDOW - SINKS
         read = len(set(self.owners)) * 2 * DIM * self.k.element_size()
-        spared = self.k.shape[0] * far * (read - len(self.retrieval) * INDEX_DIM * self.bits // 8)
-        if spared <= SPARED_BYTES:
+        heads, batch = len(self.retrieval), self.k.shape[0]
+        scanned = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
+        if far < fewest_to_select_from(batch, heads, read, scanned):
             layer = self.q, self.k, self.v, self.retrieval
             return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
         return self.select_and_attend()

@@ -33,6 +33,8 @@ TILE_RANK: Literal["sum", "max"] = "max"
 _MIN_TILE_BLOCKS = 4
 SPARED_BYTES = 1 << 27
 """What a selection must spare a GPU to read: the time of its stages, about 45 us on an H100."""
+SCORE_BYTES = 32
+"""What a GPU reads while it ranks one score of a retrieval head, the index key aside."""
 
 
 def min_tile_blocks(config: RTPurboConfig) -> int:
@@ -227,8 +229,16 @@ def _select_from(context: LayerContext, q: Tensor) -> int:
         return 1
     batch, _, _, dim = q.shape
     read = len(context.full_kv_heads) * 2 * dim * q.element_size()
-    scanned = len(context.heads) * config.index_dim * config.index_bits // 8
-    spared = batch * (read - scanned)  # bytes a far key
+    scanned = len(context.heads) * (config.index_dim * config.index_bits // 8)
+    return fewest_to_select_from(batch, len(context.heads), read, scanned)
+
+
+def fewest_to_select_from(batch: int, heads: int, read: int, scanned: int) -> int:
+    """Far keys from which a selection is quicker on a GPU than to read all of them.
+
+    `read` and `scanned`: bytes a far key of keys and values, and of index keys.
+    """
+    spared = batch * (read - scanned - heads * SCORE_BYTES)
     return SPARED_BYTES // spared + 1 if spared > 0 else sys.maxsize
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rtpurbo
-from rtpurbo.attention import SPARED_BYTES, _select_from
+from rtpurbo.attention import SCORE_BYTES, SPARED_BYTES, _select_from
 from rtpurbo.patching import state
 from tests import reference
 from tests.models.tiny import (
@@ -120,7 +120,7 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
     least = _select_from(context, q)
     assert len(context.full_kv_heads) == 2
     # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte
-    spared = 2 * (2 * 2 * 128 * 2 - 3 * 8)
+    spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
     assert (least - 1) * spared <= SPARED_BYTES < least * spared
     q.device = torch.device("cpu")
     assert _select_from(context, q) == 1

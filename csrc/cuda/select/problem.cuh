@@ -26,7 +26,7 @@ constexpr float kBinsPerOctave = 16.0f;
 
 /// What a block of a team saw of its members' scores.
 struct BlockStats {
-  uint32_t top_key;    // ordered key of the largest finite score, 0 for none
+  uint32_t top_key;    // ordered key of the largest score that is no NaN, 0 for none
   uint32_t poisoned;   // a NaN or +inf score
   int32_t candidates;  // members with a score above -inf
   float near_shift;    // in form `full` the near keys' mass: exp(shift) * sum

@@ -128,19 +128,17 @@ class AnyScorer {
 
 /// What a thread saw of the members' scores.
 struct ScoreStats {
-  uint32_t top_key = 0;
-  uint32_t poisoned = 0;
+  float top = -INFINITY;
+  bool poisoned = false;
   int candidates = 0;
 
   __device__ void add(float score) {
-    if (score == -INFINITY) return;
-    ++candidates;
-    if (score < INFINITY) {
-      top_key = max(top_key, ordered_key(score));
-    } else {
-      poisoned = 1;
-    }
+    candidates += score != -INFINITY;
+    poisoned |= !(score < INFINITY);
+    top = fmaxf(top, score);  // passes over a NaN
   }
+
+  __device__ uint32_t top_key() const { return top == -INFINITY ? 0 : ordered_key(top); }
 };
 
 template <typename Scorer>
@@ -175,6 +173,11 @@ class Scan {
       own.add(score);
     };
     const auto store = [&](int group, int64_t first, const GroupScores& scores) {
+      if (p.block_size == 1 && first >= row.far_begin && first + kGroupKeys <= row.far_end) {
+        keep(group * kGroupKeys + lane, scores.of_half[0]);
+        keep(group * kGroupKeys + 32 + lane, scores.of_half[1]);
+        return;
+      }
       float value[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -230,7 +233,7 @@ class Scan {
       }
     }
     const BlockStats of_warp =
-        warp_stats(own.top_key, own.poisoned, own.candidates, near, p.near_is_scored);
+        warp_stats(own.top_key(), own.poisoned, own.candidates, near, p.near_is_scored);
     if (lane == 0) shared.of_warp[warp] = of_warp;
     __syncthreads();
     if (warp != 0) return;
@@ -249,7 +252,7 @@ class Scan {
     const CodedQuery<kBits> coded_query(query, lane);
     const uint8_t* codes = key_rows<uint8_t>(p, p.codes, row);
     const __half* ranges = key_rows<__half>(p, p.ranges, row);
-    Block now[kAtOnce], next[kAtOnce];
+    Block now[kAtOnce], next[kAtOnce] = {};
     // One step ahead: the first pass only loads.
 #pragma unroll 1
     for (int i = -kAtOnce; i < count; i += kAtOnce) {
@@ -263,12 +266,14 @@ class Scan {
         }
       }
       if (i < 0) continue;
+      float2 scores[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) scores[j] = coded_query.scores(now[j]);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (i + j >= count) break;
-        const float2 scores = coded_query.scores(now[j]);
         store(i + j, static_cast<int64_t>(members.group(i + j)) * kGroupKeys,
-              GroupScores{{scores.x, scores.y}});
+              GroupScores{{scores[j].x, scores[j].y}});
       }
     }
   }
