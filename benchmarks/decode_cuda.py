@@ -117,9 +117,11 @@ def baselines(steps: list[Step]) -> dict[str, Callable[[], object]]:
 
 EVERY_HEAD = list(range(HEADS))
 SHAPES = [
+    *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
     *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
     *[dict(batch=1, keys=keys, bits=4) for keys in (131_072, 1_048_576)],
     *[dict(batch=batch, keys=131_072) for batch in (4, 16)],
+    *[dict(batch=64, keys=keys) for keys in (1024, 8192, 32_768)],
     *[dict(batch=1, keys=131_072, heads="all", shared=shared) for shared in (False, True)],
     dict(batch=1, keys=1_048_576, heads="all"),
     dict(batch=1, keys=1_048_576, heads="all", bits=4),

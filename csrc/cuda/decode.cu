@@ -5,6 +5,7 @@
 #include "csrc/cuda/decode/merge.cuh"
 #include "csrc/cuda/decode/split_mma.cuh"
 #include "csrc/cuda/decode/split_simt.cuh"
+#include "csrc/cuda/dependent_launch.h"
 #include "csrc/cuda/integers.h"
 
 namespace rtpurbo::cuda {
@@ -124,8 +125,7 @@ cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStrea
       if (const cudaError_t launched = launch_splits<T>(p, partials, grid, stream)) return launched;
       const dim3 columns(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch),
                          static_cast<unsigned>(divide_up(p.dim, kMergeColumns)));
-      merge_kernel<T><<<columns, kMergeThreads, 0, stream>>>(p, partials);
-      return cudaGetLastError();
+      return launch_dependent(merge_kernel<T>, columns, kMergeThreads, stream, p, partials);
     });
     if (error != cudaSuccess) return error;
   }

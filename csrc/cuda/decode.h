@@ -15,13 +15,14 @@ enum class DecodeKeys : uint8_t {
   kListed,   // the far keys of a list; with count -1 every far key
 };
 
-/// Query heads that read the same keys of the same KV head, so that each row is loaded once.
+/// Query heads that read keys of the same KV head, so that each row is loaded once.
 struct DecodeSet {
   static constexpr int kMaxHeads = 8;
   DecodeKeys keys = DecodeKeys::kNear;
   bool from_local = false;   // reads the rings
   bool near_window = false;  // kNear: the retrieval heads' window instead of the local heads'
   uint8_t heads_count = 0;   // at most kMaxHeads
+  uint8_t near_heads = 0;    // kVisible: so many of its last heads read only the near keys
   int16_t kv_head = 0;       // of the tensor that is read
   int16_t list = 0;          // kListed
   int16_t first_slot = 0;    // its heads are slot_heads[first_slot, first_slot + heads_count)

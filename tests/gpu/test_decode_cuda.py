@@ -69,6 +69,33 @@ def test_decode_matches_the_reference(seed, dim, dtype, cuda_device):
     torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("poison", [None, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_local_heads_beside_heads_that_read_every_key(seed, dim, dtype, poison, cuda_device):
+    """They share loads, and nothing else: far keys may hold anything for a local head."""
+    (q, k, v, retrieval, window, _, sinks, scale), keywords = draw(seed * 5 + dim, dim, dtype)
+    start, keys = keywords["start"], k.shape[2]
+    rest = retrieval, window, window, sinks, scale
+    exact, exact_lse = reference.decode(q, k, v, *rest, start=start)
+    low, _ = reference.decode(q, k, v, *rest, start=start, compute=dtype)
+    heads = torch.arange(q.shape[1])
+    if poison is not None:
+        begin = (torch.zeros(len(q), dtype=torch.long) if start is None else start) + sinks
+        n = torch.arange(keys)
+        far = (n >= begin[:, None]) & (n < keys - window)
+        picked = (far & (torch.rand(far.shape) < 0.1))[:, None, :, None]
+        k, v = (x.masked_fill(picked, poison) for x in (k, v))
+        heads = torch.tensor([h for h in range(q.shape[1]) if h not in retrieval]).long()
+    on_cuda = (on(cuda_device, x) for x in (q, k, v))
+    out, lse = ops.decode(*on_cuda, *rest, start=on(cuda_device, start))
+    allowed = 2 * (low.double() - exact).abs().max() + 1e-5
+    assert ((out.cpu().double() - exact)[:, heads].abs() <= allowed).all()
+    got, wanted = lse.cpu().double()[:, heads], exact_lse[:, heads]
+    torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
+
+
 def test_twenty_runs_give_the_same_bits(cuda_device):
     torch.manual_seed(0)
     q = torch.randn(1, 32, 1, 128, device=cuda_device, dtype=torch.bfloat16)

@@ -7,14 +7,21 @@
 
 namespace rtpurbo::cuda {
 
+/// Keys that the tensor cores work on at a time.
+constexpr int kTileKeys = 16;
+
+__device__ __forceinline__ int64_t round_up_to_tile(int64_t keys) {
+  return (keys + kTileKeys - 1) / kTileKeys * kTileKeys;
+}
+
 /// Partial results: slot s of split i of batch b stands at (b * splits + i) * slots_count + s.
 struct Partials {
   float* sums;    // [B, splits, slots, dim], relative to max
   float2* stats;  // [B, splits, slots], (max of the scaled logits in octaves, sum of weights)
 };
 
-/// kLists: whether sets of kListed keys are among them.
-template <bool kLists>
+/// Without kAllKinds, of kNear sets alone.
+template <bool kAllKinds>
 class SetKeys {
  public:
   __device__ SetKeys(const DecodeParams& p, const DecodeSet& set, int64_t batch)
@@ -30,7 +37,16 @@ class SetKeys {
     const int64_t window = near_window ? p.near_window : p.window;
     const int64_t sinks_end = min(start + p.sinks, p.length);
     const int64_t window_begin = max(sinks_end, max(start, p.length - window));
-    if (set.keys == DecodeKeys::kVisible) {
+    if (set.keys == DecodeKeys::kVisible && set.near_heads > 0) {
+      const int64_t near_sinks = sinks_end - start;
+      far_begin_ = sinks_end;
+      far_end_ = window_begin;
+      gap_ = start;
+      far_ = round_up_to_tile(window_begin - sinks_end);
+      sinks_ = far_ + near_sinks;
+      jump_ = window_begin - sinks_end;
+      total_ = sinks_ + p.length - window_begin;
+    } else if (set.keys == DecodeKeys::kVisible) {
       gap_ = start;
       total_ = p.length - start;
     } else if (set.keys == DecodeKeys::kNear) {
@@ -55,16 +71,21 @@ class SetKeys {
 
   __device__ int64_t total() const { return total_; }
 
-  /// Row of position j < total, or -1 where a listed block holds a key that is not far.
+  /// Of a set with near_heads: positions before this one, whole tiles, hold the keys that these do
+  /// not read.
+  __device__ int64_t far() const { return far_; }
+
+  /// Row of position j < total, or -1: of a listed block's key that is not far, or padding.
   __device__ int64_t row(int64_t j) const {
-    if (kLists && list_) {
+    if (kAllKinds && list_) {
       const int64_t n =
           block_size_ == 1
               ? list_[j]
               : static_cast<int64_t>(list_[j / block_size_]) * block_size_ + j % block_size_;
       return n >= far_begin_ && n < far_end_ ? n : -1;
     }
-    return gap_ + j + (j >= sinks_ ? jump_ : 0);
+    if (kAllKinds && j < far_) return far_begin_ + j < far_end_ ? far_begin_ + j : -1;
+    return gap_ + j - (kAllKinds ? far_ : 0) + (j >= sinks_ ? jump_ : 0);
   }
 
  private:
@@ -73,6 +94,7 @@ class SetKeys {
   int64_t gap_ = 0;    // row of position 0
   int64_t sinks_ = 0;  // positions before the jump from sinks to window
   int64_t jump_ = 0;
+  int64_t far_ = 0;  // positions of far keys, before those of near ones
   int64_t far_begin_ = 0, far_end_ = 0;
   int block_size_;
 };

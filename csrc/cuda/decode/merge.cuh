@@ -4,6 +4,7 @@
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
+#include "csrc/cuda/ptx/grid_dependency.cuh"
 #include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
@@ -127,6 +128,7 @@ template <typename T>
 __global__ __launch_bounds__(kMergeThreads) void merge_kernel(
     const __grid_constant__ DecodeParams p, Partials partials) {
   __shared__ MergeShared shared;
+  ptx::await_previous_kernel();
   const int64_t head = blockIdx.x, batch = blockIdx.y;
   Parts parts{.dim = p.dim};
   parts.first = run_of_slot(p, partials, batch, p.head_slots[head][0]);

@@ -7,14 +7,13 @@
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/ptx/cp_async.cuh"
+#include "csrc/cuda/ptx/grid_dependency.cuh"
 #include "csrc/cuda/ptx/ldmatrix.cuh"
 #include "csrc/cuda/ptx/mma.cuh"
 #include "csrc/cuda/ptx/movmatrix.cuh"
 #include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
-
-constexpr int kTileKeys = 16;
 
 /// kStages: tiles of a warp that shared memory holds.
 template <int kDim, int kWarps, int kStages>
@@ -35,13 +34,13 @@ struct MmaTile {
 };
 
 /// By all 32 kWarps threads of a block, with kSharedBytes of shared memory.
-template <typename T, int kDim, int kWarps, int kStages, bool kLists>
+template <typename T, int kDim, int kWarps, int kStages, bool kAllKinds>
 __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
                              const Partials& partials, char* shared) {
   using Tile = MmaTile<kDim, kWarps, kStages>;
   constexpr int kSteps = kDim / 16;  // of the mma's depth, or of pairs of its columns
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const SetKeys<kLists> keys(p, set, batch);
+  const SetKeys<kAllKinds> keys(p, set, batch);
   const Range range = split_range(keys.total(), split, p.splits, kTileKeys * kWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
@@ -112,6 +111,20 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     query[step + 1][0] = loaded[2];
     query[step + 1][1] = loaded[3];
   }
+  // Of its two columns, those of heads that read only near keys; other heads' far keys may have
+  // left a NaN there.
+  const int first_near = set.heads_count - set.near_heads;
+  const bool near_only[2] = {2 * (lane % 4) >= first_near, 2 * (lane % 4) + 1 >= first_near};
+  const auto clear_near_only = [&] {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (near_only[h]) out[i][h] = out[i][2 + h] = 0.0f;
+      }
+    }
+  };
+  bool far = kAllKinds && set.near_heads > 0;  // so far only those
   int64_t next_row = key_row(kAhead);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t coming = next_row;
@@ -130,12 +143,17 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     }
     const uint32_t seen = __ballot_sync(0xffffffffu, key_row(tile) >= 0);
     const bool in[2] = {(seen >> (lane / 4) & 1) != 0, (seen >> (8 + lane / 4) & 1) != 0};
+    if (far && first + tile * kStride >= keys.far()) {
+      far = false;
+      clear_near_only();
+    }
     float weight[2][2];  // [key][head]
     float shrink[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float first = in[0] ? score[h] * scale : -INFINITY;
-      const float second = in[1] ? score[2 + h] * scale : -INFINITY;
+      const bool hidden = far && near_only[h];
+      const float first = in[0] && !hidden ? score[h] * scale : -INFINITY;
+      const float second = in[1] && !hidden ? score[2 + h] * scale : -INFINITY;
       float largest = fmaxf(first, second);
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
@@ -171,6 +189,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     __syncwarp();
     if constexpr (kStages == 1) load(tile + kAhead, coming);
   }
+  if (far) clear_near_only();
   ptx::cp_async_wait<0>();
   __syncthreads();
 
@@ -221,6 +240,7 @@ __global__ __launch_bounds__(32 *
                              kWarps) void decode_mma_kernel(const __grid_constant__ DecodeParams p,
                                                             Partials partials) {
   extern __shared__ __align__(128) char shared[];
+  ptx::let_next_kernel_begin();
   attend_split<T, kDim, kWarps, kStages, true>(p, p.sets[blockIdx.y], blockIdx.z,
                                                static_cast<int>(blockIdx.x), partials, shared);
 }

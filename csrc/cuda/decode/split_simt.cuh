@@ -6,6 +6,7 @@
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/limits.h"
+#include "csrc/cuda/ptx/grid_dependency.cuh"
 #include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
@@ -18,6 +19,7 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
   constexpr int kLaneDims = kMaxHeadDim / 32;
   __shared__ float shared_max[kSimtWarps], shared_sum[kSimtWarps];
   __shared__ float shared_out[kSimtWarps][kMaxHeadDim];
+  ptx::let_next_kernel_begin();
   const DecodeSet& set = p.sets[blockIdx.y];
   const int split = blockIdx.x;
   const int64_t batch = blockIdx.z;
@@ -42,7 +44,9 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
       sums[i] = 0.0f;
     }
     float top = -INFINITY, total = 0.0f;
+    const int64_t hidden = h >= set.heads_count - set.near_heads ? keys.far() : 0;
     for (int64_t j = range.begin + warp; j < range.end; j += kSimtWarps) {
+      if (j < hidden) continue;
       const int64_t n = keys.row(j);
       if (n < 0) continue;
       float logit = 0.0f;

@@ -11,12 +11,15 @@
 namespace rtpurbo::cuda {
 namespace {
 
-/// Adds the heads as sets of at most kMaxHeads that share every load.
-void add_sets(DecodeParams& params, DecodeSet set, at::IntArrayRef heads) {
-  constexpr int kMost = DecodeSet::kMaxHeads;
+constexpr size_t kMost = DecodeSet::kMaxHeads;
+
+/// Adds the heads as sets of at most kMost that share every load; the last `near_heads` are so in
+/// the last set.
+void add_sets(DecodeParams& params, DecodeSet set, at::IntArrayRef heads, size_t near_heads = 0) {
   for (size_t first = 0; first < heads.size(); first += kMost) {
-    const auto part = heads.slice(first, std::min<size_t>(kMost, heads.size() - first));
+    const auto part = heads.slice(first, std::min(kMost, heads.size() - first));
     set.heads_count = static_cast<uint8_t>(part.size());
+    set.near_heads = first + kMost >= heads.size() ? static_cast<uint8_t>(near_heads) : 0;
     set.first_slot = static_cast<int16_t>(params.slots_count);
     params.sets[params.sets_count++] = set;
     for (const int64_t head : part) {
@@ -29,7 +32,7 @@ void add_sets(DecodeParams& params, DecodeSet set, at::IntArrayRef heads) {
 }
 
 /// The CPU's sets, with the near keys of listed heads as sets of their own: all heads of a KV head
-/// whose windows are equal load them together.
+/// whose windows are equal load them together. Local heads join a set that loads every key.
 void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
   for (auto& slots : params.head_slots) std::fill(std::begin(slots), std::end(slots), -1);
   const bool one_window = params.window == params.near_window;
@@ -37,13 +40,11 @@ void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
     const int64_t kv_head = sets[i].kv_head;
     const bool from_local = sets[i].from_local;
     DecodeSet set{.from_local = from_local, .kv_head = static_cast<int16_t>(kv_head)};
-    std::vector<int64_t> near;
-    std::vector<int64_t> listed_near;
+    std::vector<int64_t> visible, near, listed_near;
     for (; i < sets.size() && sets[i].kv_head == kv_head && sets[i].from_local == from_local; ++i) {
       const std::vector<int64_t>& heads = sets[i].heads;
       if (sets[i].keys == cpu::KeySet::kVisible) {
-        set.keys = DecodeKeys::kVisible;
-        add_sets(params, set, heads);
+        visible.insert(visible.end(), heads.begin(), heads.end());
       } else if (sets[i].keys == cpu::KeySet::kListed) {
         set.keys = DecodeKeys::kListed;
         set.list = static_cast<int16_t>(sets[i].list);
@@ -54,6 +55,12 @@ void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
         near.insert(near.end(), heads.begin(), heads.end());
       }
     }
+    const size_t room = (kMost - visible.size() % kMost) % kMost;
+    const auto joining = static_cast<std::ptrdiff_t>(std::min(room, near.size()));
+    visible.insert(visible.end(), near.end() - joining, near.end());
+    near.resize(near.size() - joining);
+    set.keys = DecodeKeys::kVisible;
+    add_sets(params, set, visible, joining);
     set.keys = DecodeKeys::kNear;
     add_sets(params, set, near);
     set.near_window = true;
