@@ -31,7 +31,8 @@ def describe(name: str, result: dict[str, Any]) -> str:
     ]
     notes = [f"no {baseline} ({note})" for baseline, note in result["notes"].items()]
     peak = result["peak_extra_bytes"]["ours"] / 2**20
-    facts = [f"{result['seconds'] * 1e3:.4g} ms", *ratios, *notes, f"+{peak:.0f} MiB"]
+    share = [f"{result['copy_share']:.0%} of a copy's rate"] if result["copy_share"] else []
+    facts = [f"{result['seconds'] * 1e3:.4g} ms", *ratios, *share, *notes, f"+{peak:.0f} MiB"]
     return f"{name} {parameters}: {', '.join(facts)}"
 
 

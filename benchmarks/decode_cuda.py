@@ -16,6 +16,7 @@ from rtpurbo import ops
 from rtpurbo.attention import fewest_to_select_from
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
+ROW = 2 * DIM * 2  # bytes of a key and its value
 RETRIEVAL = [1, 9, 10, 17, 30]
 WINDOW, SINKS, SELECTED = 8192, 4, 8192
 SCALE = DIM**-0.5
@@ -26,7 +27,13 @@ class Step:
     """The tensors of one decode step and its parts; `shared`: an index key for each KV head."""
 
     def __init__(
-        self, batch: int, keys: int, retrieval: list[int], bits: int = 16, shared: bool = False
+        self,
+        batch: int,
+        keys: int,
+        retrieval: list[int],
+        bits: int = 16,
+        shared: bool = False,
+        selected: int = SELECTED,
     ) -> None:
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=dtype)
@@ -46,7 +53,7 @@ class Step:
             codes, ranges = ops.quantize_index(self.k_index[:, :, :far], bits)
             self.coded = dict(codes=codes, ranges=ranges)
             self.k_index = self.k_index[:, :, far:].contiguous()
-        self.floor = min(SELECTED, max(1, keys - WINDOW - SINKS))
+        self.floor = min(selected, max(1, keys - WINDOW - SINKS))
         self.near = self.near_lse()
         self.lists = self.select()
 
@@ -56,7 +63,7 @@ class Step:
     def select(self) -> tuple[Tensor, Tensor]:
         indices, counts, _ = ops.select(
             self.q_index, self.k_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
-            near_lse=self.near, capacity=4 * SELECTED, **self.coded,
+            near_lse=self.near, capacity=2 * self.floor, **self.coded,
         )  # fmt: skip
         return indices, counts
 
@@ -65,16 +72,38 @@ class Step:
             self.q, self.k, self.v, self.retrieval, WINDOW, WINDOW, SINKS, SCALE, *self.lists
         )[0]
 
+    @property
+    def selects(self) -> bool:
+        """Whether a model would select, rather than read all far keys."""
+        batch, _, keys, _ = self.k.shape
+        read = len(set(self.owners)) * ROW
+        scanned = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
+        fewest = fewest_to_select_from(batch, len(self.retrieval), read, scanned)
+        return keys - WINDOW - SINKS >= fewest
+
     def whole(self) -> Tensor:
         """As a model does it."""
-        far = self.k.shape[2] - WINDOW - SINKS
-        read = len(set(self.owners)) * 2 * DIM * self.k.element_size()
-        heads, batch = len(self.retrieval), self.k.shape[0]
-        scanned = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
-        if far < fewest_to_select_from(batch, heads, read, scanned):
-            layer = self.q, self.k, self.v, self.retrieval
-            return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
-        return self.select_and_attend()
+        if self.selects:
+            return self.select_and_attend()
+        layer = self.q, self.k, self.v, self.retrieval
+        return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
+
+    def bytes(self, part: str) -> int:
+        """Keys, values and index keys that a part must read once."""
+        batch, _, keys, _ = self.k.shape
+        near, owners = min(keys, WINDOW + SINKS), len(set(self.owners))
+        index = self.coded.values() or [self.k_index[:, :, near:]]
+        scan = sum(tensor.numel() * tensor.element_size() for tensor in index)
+        listed = batch * len(self.retrieval) * self.floor * ROW
+        every = {
+            "near_lse": batch * owners * near * ROW // 2,
+            "select": scan,
+            "attend": batch * KV_HEADS * near * ROW + listed,
+            "dense": batch * (owners * keys + (KV_HEADS - owners) * near) * ROW,
+        }
+        every["sparse_decode"] = every["attend"] + scan
+        every["step"] = every["sparse_decode" if self.selects else "dense"]
+        return every[part]
 
     def select_and_attend(self) -> Tensor:
         return ops.sparse_decode(
@@ -120,7 +149,12 @@ SHAPES = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
     *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
     *[dict(batch=1, keys=keys, bits=4) for keys in (131_072, 1_048_576)],
-    *[dict(batch=batch, keys=131_072) for batch in (4, 16)],
+    *[dict(batch=batch, keys=2**i * 1024) for batch in (4, 16) for i in (3, 5, 7, 9)],
+    *[
+        dict(batch=1, keys=keys, selected=selected)
+        for keys in (131_072, 1_048_576)
+        for selected in (512, 2048, 16_384)
+    ],
     *[dict(batch=64, keys=keys) for keys in (1024, 8192, 32_768)],
     *[dict(batch=1, keys=131_072, heads="all", shared=shared) for shared in (False, True)],
     dict(batch=1, keys=1_048_576, heads="all"),
@@ -135,18 +169,21 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
     for shape in SHAPES:
         batch, keys, bits = shape["batch"], shape["keys"], shape.get("bits", 16)
         heads = EVERY_HEAD if shape.get("heads") == "all" else RETRIEVAL
-        rounds = 6 if batch * keys <= 524_288 else 3
-        parts = PARTS if keys in (131_072, 1_048_576) and batch == 1 else {"step": Step.whole}
-        parameters = {part: {"part": part, **shape, "selected": SELECTED} for part in parts}
+        rounds = 6 if batch * keys <= 524_288 else 3 if batch * keys <= 4_194_304 else 1
+        apart = keys in (131_072, 1_048_576) and batch == 1 and "selected" not in shape
+        parts = PARTS if apart else {"step": Step.whole}
+        parameters = {part: {"part": part, "selected": SELECTED, **shape} for part in parts}
         chosen = [part for part in parts if wanted(parameters[part])]
         if not chosen:
             continue
-        steps = [Step(batch, keys, heads, bits, shape.get("shared", False)) for _ in range(rounds)]
+        options = {name: shape[name] for name in ("shared", "selected") if name in shape}
+        steps = [Step(batch, keys, heads, bits, **options) for _ in range(rounds)]
         for part in chosen:
             yield Case(
                 parameters=parameters[part],
                 run=all_of(steps, PARTS[part]),
                 baselines=baselines(steps) if part == "step" else {},
+                bytes=steps[0].bytes(part),
                 rounds=len(steps),
                 device="cuda",
             )

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from benchmarks.registry import Case, Run
 CUDA_REPEATS = 10
 CUDA_SECONDS = 1.0
 """What the repeats of one callable may take, as far as two of them do."""
+EAGER_REPEATS = 5
 LONG = 0.2
 """Seconds from which launches no longer count, so that a graph is not worth two more runs."""
 
@@ -28,6 +29,8 @@ class Timer:
     repeats: int
     peak: int
     seconds: list[float] = field(default_factory=list)
+    eager: float | None = None
+    """Seconds of a call that is not replayed from a graph."""
 
     def take_turn(self) -> None:
         if len(self.seconds) < self.repeats:
@@ -62,6 +65,7 @@ def measure(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
 
 def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[str, Any]:
     runs = {"ours": case.run, **case.baselines}
+    on_cuda = case.device == "cuda"
     timed = {name: timers[run] for name, run in runs.items() if run in timers}
     medians = {name: statistics.median(t.seconds) / case.rounds for name, t in timed.items()}
     ours = medians.pop("ours")
@@ -74,6 +78,9 @@ def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[
         "goals": case.goals,
         "reached": all(ratios.get(name, 0.0) >= goal for name, goal in case.goals.items()),
         "gflops_per_second": case.flops / ours / 1e9 if case.flops else None,
+        "gbytes_per_second": case.bytes / ours / 1e9 if case.bytes else None,
+        "copy_share": case.bytes / ours / copy_rate() if case.bytes and on_cuda else None,
+        "eager_seconds": {n: t.eager / case.rounds for n, t in timed.items() if t.eager},
         "peak_extra_bytes": {name: timer.peak for name, timer in timed.items()},
         "repeats": {name: len(timer.seconds) for name, timer in timed.items()},
         "notes": {name: failures[run] for name, run in runs.items() if run in failures},
@@ -94,7 +101,8 @@ def cuda_timer(run: Run, repeats: int, pool: Any) -> Timer:
     repeats = affordable(taken, repeats * CUDA_REPEATS)
     if taken > LONG:
         return Timer(run, cuda_seconds, repeats, peak, [taken])
-    return Timer(captured(run, pool), cuda_seconds, repeats, peak)
+    eager = statistics.median(cuda_seconds(run) for _ in range(min(repeats, EAGER_REPEATS)))
+    return Timer(captured(run, pool), cuda_seconds, repeats, peak, eager=eager)
 
 
 def affordable(taken: float, most: int) -> int:
@@ -108,6 +116,15 @@ def captured(run: Run, pool: Any) -> Run:
         run()
     graph.replay()
     return graph.replay
+
+
+@cache
+def copy_rate() -> float:
+    """Bytes that this GPU reads and writes in a second when it copies."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = [cuda_seconds(lambda: target.copy_(source)) for _ in range(CUDA_REPEATS)]
+    return 2 * source.numel() / statistics.median(times)
 
 
 def cuda_seconds(run: Run) -> float:

@@ -16,15 +16,17 @@ Run: TypeAlias = Callable[[], object]
 class Case:
     """One line of the results: `run` against `baselines`.
 
-    `flops` are those of `run`'s mask; `goals` gives, by baseline, the speed ratio to reach. A call
-    of `run` or a baseline does the work `rounds` times. On "cuda" short calls are captured in
-    graphs. A baseline that cases of a list share, the same object, is timed once for all of them.
+    `flops` are those of `run`'s mask, `bytes` what it cannot but read; `goals` gives, by baseline,
+    the speed ratio to reach. A call of `run` or a baseline does the work `rounds` times. On "cuda"
+    short calls are captured in graphs. A baseline that cases of a list share, the same object, is
+    timed once for all of them.
     """
 
     parameters: dict[str, Any]
     run: Run
     baselines: dict[str, Run]
     flops: float | None = None
+    bytes: float | None = None
     goals: dict[str, float] = field(default_factory=dict)
     rounds: int = 1
     device: str = "cpu"

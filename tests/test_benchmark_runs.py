@@ -80,9 +80,7 @@ def test_a_baseline_that_cases_share_is_timed_once(monkeypatch):
     rows = measure.measure(
         [
             Case({"n": 1}, runs["a"], shared, goals={"shared": 4.0}),
-            Case(
-                {"n": 2}, runs["b"], {**shared, "own": runs["own"]}, 1e9, {"shared": 2.1}, rounds=2
-            ),
+            Case({"n": 2}, runs["b"], {**shared, "own": runs["own"]}, 1e9, 4e9, {"shared": 2.1}, 2),
         ],
         repeats=3,
     )
@@ -93,6 +91,7 @@ def test_a_baseline_that_cases_share_is_timed_once(monkeypatch):
     assert [row["seconds"] for row in rows] == [2.0, 2.0]  # of a round
     assert [row["baseline_seconds"]["shared"] for row in rows] == [8.0, 4.0]
     assert [row["gflops_per_second"] for row in rows] == [None, 0.5]
+    assert [row["gbytes_per_second"] for row in rows] == [None, 2.0]
     assert rows[0]["peak_extra_bytes"] == {"ours": 7, "shared": 7}
 
 
@@ -109,14 +108,17 @@ def test_a_baseline_that_cannot_run_is_noted(monkeypatch):
         measure.measure([Case({}, fails, {})], 1)
 
 
-@pytest.mark.parametrize("seconds, ran", [(20.0, 3), (0.6, 3), (0.3, 4), (0.1, 11), (1e-5, 31)])
-def test_slow_runs_are_repeated_less(monkeypatch, seconds, ran):
+@pytest.mark.parametrize(
+    "seconds, timed, ran", [(20.0, 2, 3), (0.6, 2, 3), (0.3, 3, 4), (0.1, 10, 17), (1e-5, 30, 37)]
+)
+def test_slow_runs_are_repeated_less(monkeypatch, seconds, timed, ran):
     """A run warms up and shows its memory; long ones are timed at that already."""
     runs, calls = clocked(monkeypatch, {"a": seconds})
-    (row,) = measure.measure([Case({}, runs["a"], {}, device="cuda")], repeats=3)
-    timed = {20.0: 2, 0.6: 2, 0.3: 3, 0.1: 10, 1e-5: 30}[seconds]
-    assert row["repeats"] == {"ours": timed}
-    assert calls["a"] == (timed + 1 if seconds > measure.LONG else timed + 2)
+    monkeypatch.setattr(measure, "copy_rate", lambda: 1e12)
+    (row,) = measure.measure([Case({}, runs["a"], {}, bytes=1e6, device="cuda")], repeats=3)
+    assert row["repeats"] == {"ours": timed} and calls["a"] == ran
+    assert row["eager_seconds"] == ({} if seconds > measure.LONG else {"ours": seconds})
+    assert row["copy_share"] == pytest.approx(1e-6 / seconds)
     assert row["seconds"] == seconds
 
 

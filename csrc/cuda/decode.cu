@@ -93,6 +93,7 @@ int decode_splits(const DecodeParams& params, int sm_count) {
 }
 
 size_t decode_workspace(const DecodeParams& params) {
+  if (params.has_whole_heads()) return 0;
   return stats_bytes(params) +
          params.batch * params.splits * params.slots_count * params.dim * sizeof(float);
 }
@@ -122,7 +123,8 @@ cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStrea
     const dim3 grid(p.splits, p.sets_count, static_cast<unsigned>(p.batch));
     const cudaError_t error = dispatch_element(p.type, [&](auto element) {
       using T = decltype(element);
-      if (const cudaError_t launched = launch_splits<T>(p, partials, grid, stream)) return launched;
+      const cudaError_t launched = launch_splits<T>(p, partials, grid, stream);
+      if (launched != cudaSuccess || p.has_whole_heads()) return launched;
       const dim3 columns(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch),
                          static_cast<unsigned>(divide_up(p.dim, kMergeColumns)));
       return launch_dependent(merge_kernel<T>, columns, kMergeThreads, stream, p, partials);

@@ -47,6 +47,9 @@ struct DecodeParams {
   DecodeSet sets[kMaxSets] = {};
   int16_t slot_heads[kMaxHeads * kHeadSlots] = {};
   int16_t head_slots[kMaxHeads][kHeadSlots] = {};  // -1: none
+
+  /// Whether each head has one part, so that there is nothing to merge.
+  __host__ __device__ bool has_whole_heads() const { return splits == 1 && slots_count == heads; }
 };
 
 /// Splits that fill the device without leaving a block less than a tile of keys.
@@ -55,8 +58,8 @@ int decode_splits(const DecodeParams& params, int sm_count);
 /// Bytes of workspace for params.splits splits.
 size_t decode_workspace(const DecodeParams& params);
 
-/// Every split of every set attends to its keys, then the splits of a head are merged by their
-/// log-sum-exp, in fixed order.
+/// Every split of every set attends to its keys, then, unless they are whole, the splits of a head
+/// are merged by their log-sum-exp, in fixed order.
 cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStream_t stream);
 
 }  // namespace rtpurbo::cuda

@@ -230,6 +230,12 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       sum += share * warp_out[from * Tile::kSumStride + d];
       all += share * stats.y;
     }
+    if (kAllKinds && p.has_whole_heads()) {
+      const int64_t number = p.slot_heads[set.first_slot + head];
+      head_rows<T>(p.out, batch, number)[d] = from_float<T>(all == 0.0f ? 0.0f : sum / all);
+      if (d == 0) p.lse_ptr[batch * p.heads + number] = lse_of_octaves(largest, all);
+      continue;
+    }
     partials.sums[(place + head) * kDim + d] = sum;
     if (d == 0) partials.stats[place + head] = make_float2(largest, all);
   }

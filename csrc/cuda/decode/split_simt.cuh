@@ -85,9 +85,19 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
     for (int d = threadIdx.x; d < dim; d += blockDim.x) {
       float sum = 0.0f;
       for (int w = 0; w < kSimtWarps; ++w) sum += shared_out[w][d] * exp2f(shared_max[w] - base);
-      partials.sums[place * p.dim + d] = sum;
+      if (p.has_whole_heads()) {
+        head_rows<T>(p.out, batch, head)[d] = from_float<T>(all == 0.0f ? 0.0f : sum / all);
+      } else {
+        partials.sums[place * p.dim + d] = sum;
+      }
     }
-    if (threadIdx.x == 0) partials.stats[place] = make_float2(largest, all);
+    if (threadIdx.x == 0) {
+      if (p.has_whole_heads()) {
+        p.lse_ptr[batch * p.heads + head] = lse_of_octaves(largest, all);
+      } else {
+        partials.stats[place] = make_float2(largest, all);
+      }
+    }
     __syncthreads();
   }
 }
