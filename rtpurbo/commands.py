@@ -18,6 +18,7 @@ from rich.table import Table
 import rtpurbo
 from rtpurbo.checkpoint import MANIFEST, check_destination, read_manifest
 from rtpurbo.console import progress_bar
+from rtpurbo.device import checked_device
 from rtpurbo.environment import environment
 from rtpurbo.evaluate.run import check_sizes
 from rtpurbo.files import write_json, write_text
@@ -72,6 +73,7 @@ TextsOption = Annotated[
     typer.Option("--texts", help="Text files to use, repeatable [default: prose of this machine]."),
 ]
 DTypeOption = Annotated[DType, typer.Option(help="Element type of the weights.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -105,7 +107,7 @@ def detect(
     if duo_attention is not None:
         check_folder(duo_attention)
     given = _read(texts)
-    network, tokenizer = _load_dense(model, dtype)
+    network, tokenizer = _load_to_adapt(model, dtype)
     with progress_bar(console, "documents") as tick:
         heads = rtpurbo.detect_heads(
             network,
@@ -194,7 +196,7 @@ def adapt(
         if folder is not None:
             check_folder(folder)
     documents = _read(texts) or rtpurbo.data.prose()
-    network, tokenizer = _load_dense(model, dtype)
+    network, tokenizer = _load_to_adapt(model, dtype)
     if heads is None:
         with progress_bar(console, "detecting heads") as tick:
             found = rtpurbo.detect_heads(
@@ -262,6 +264,7 @@ def eval_command(
     markdown: Annotated[Path | None, typer.Option(help="Table, Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture over lengths.")] = None,
     dtype: DTypeOption = DType.float32,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Score a model on needles and text, dense and sparse side by side."""
     what: dict[str, Any] = {
@@ -276,8 +279,10 @@ def eval_command(
     }
     check_sizes(**what)
     _check_files(output, markdown, picture=plot)
+    place = checked_device(device)
     documents = _read(texts)
-    network, tokenizer = _load(model, dtype)
+    network, tokenizer = _load(model, dtype, place)
+    teacher = load_dense(reference, _type(dtype))[0].to(place) if reference else None
     with progress_bar(console, "evaluating") as tick:
         report = rtpurbo.evaluate(
             network,
@@ -285,7 +290,7 @@ def eval_command(
             **what,
             documents=documents,
             modes=[entry.value for entry in mode] if mode else None,
-            reference=_load_dense(reference, dtype)[0] if reference else None,
+            reference=teacher,
             progress=lambda label, done, total: tick(done, total, label),
         )
     if console.is_terminal:
@@ -310,13 +315,15 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Run full attention.")] = False,
     dtype: DTypeOption = DType.float32,
+    device: DeviceOption = "cpu",
     seed: SeedOption = 0,
 ) -> None:
     """Continue a prompt, and say what was attended to."""
     from transformers import TextStreamer
 
     text = _prompt(prompt, file)
-    network, tokenizer = _load(model, dtype)
+    place = checked_device(device)
+    network, tokenizer = _load(model, dtype, place)
     if chat and not tokenizer.chat_template:
         _fail(f"--chat needs a chat template, and the tokenizer of {model} has none; leave it out")
     if dense and rtpurbo.is_sparse(network):
@@ -325,7 +332,7 @@ def generate(
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(place)
     torch.manual_seed(seed)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     sampling = {"do_sample": True, "temperature": temperature} if temperature else greedy
@@ -439,21 +446,25 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def _load(model: str, dtype: DType) -> tuple[Any, Any]:
+def _type(dtype: DType) -> torch.dtype:
+    return getattr(torch, dtype.value)
+
+
+def _load(model: str, dtype: DType, device: torch.device) -> tuple[Any, Any]:
     """A saved sparse model, or any other as transformers loads it."""
     if (Path(model) / MANIFEST).is_file():
-        network, tokenizer = rtpurbo.from_pretrained(model, dtype=getattr(torch, dtype.value))
+        network, tokenizer = rtpurbo.from_pretrained(model, dtype=_type(dtype))
         if tokenizer is None:
             _fail(f"{model} was saved without a tokenizer")
-        return network, tokenizer
-    return _load_dense(model, dtype)
+    else:
+        network, tokenizer = load_dense(model, _type(dtype))
+    return network.to(device), tokenizer
 
 
-def _load_dense(model: str, dtype: DType) -> tuple[Any, Any]:
-    network, tokenizer = load_dense(model, getattr(torch, dtype.value))
+def _load_to_adapt(model: str, dtype: DType) -> tuple[Any, Any]:
     if torch.cuda.is_available():
-        console.print("Whole models run on the CPU for now; the GPU is not used.")
-    return network, tokenizer
+        console.print("`detect` and `adapt` run on the CPU for now; the GPU is not used.")
+    return load_dense(model, _type(dtype))
 
 
 def _check_files(*files: Path | None, picture: Path | None = None) -> None:

@@ -172,6 +172,36 @@ def test_generate_continues_as_the_model_does(sparse, tmp_path):
     assert "keys attended" not in run("generate", sparse, prompt, "--dense", "--max-new-tokens", 6)
 
 
+def test_model_reference_and_prompt_go_to_the_device(sparse, dense, texts, monkeypatch):
+    named = []
+    monkeypatch.setattr(
+        "rtpurbo.commands.checked_device", lambda name: named.append(name) or torch.device("meta")
+    )
+    for command in (
+        ["generate", sparse, "line 4", "--device", "cuda"],
+        ["eval", sparse, "--reference", dense, "--task", "kl", "--length", 300, "--rows", 2,
+         "--texts", texts, "--device", "cuda:1"],
+    ):  # fmt: skip
+        seen = {}
+
+        def stop(network, *args, seen=seen, **kwargs):
+            seen |= kwargs | {"network": network}
+            raise NotImplementedError("seen")
+
+        monkeypatch.setattr("rtpurbo.evaluate", stop)
+        monkeypatch.setattr("transformers.LlamaForCausalLM.generate", stop)
+        CliRunner().invoke(app, [str(word) for word in command])
+        parts = [seen["network"], seen.get("reference", seen["network"])]
+        assert {str(next(part.parameters()).device) for part in parts} == {"meta"}
+        assert str(seen.get("input_ids", torch.empty(0, device="meta")).device) == "meta"
+    assert named == ["cuda", "cuda:1"]
+
+
+def test_the_cpu_is_the_default_device(sparse):
+    command = ["generate", sparse, "line 4", "--max-new-tokens", 4]
+    assert run(*command, "--device", "cpu") == run(*command)
+
+
 def test_generate_samples_from_a_seed(sparse):
     command = ["generate", sparse, "line 4", "--max-new-tokens", 12, "--temperature", 5.0]
     first = run(*command, "--seed", 1)
@@ -264,6 +294,9 @@ def refused(monkeypatch, capsys, *arguments):
     (["detect", "nosuch", "--share", 0.1, "--threshold", 0.5], "not both"),
     (["generate", "nosuch", ""], "the prompt is empty"),
     (["generate", "DENSE", "hello", "--chat"], "--chat needs a chat template"),
+    (["eval", "nosuch", "--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
+    (["generate", "nosuch", "x", "--device", "gpu"], "--device must be cpu, cuda or cuda:N, got"),
+    (["generate", "nosuch", "x", "--device", "cuda:99"], "torch sees here, got 'cuda:99'; see"),
 ])  # fmt: skip
 def test_what_is_refused_is_one_line(dense, monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,27 @@
+"""The device that the command line runs on, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of an option `--device`.
+
+    Raises:
+        ValueError: it is neither cpu, cuda nor cuda:N, or not there.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"rtpurbo: --device must be cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"rtpurbo: --device must be one of the {count} GPUs that torch sees here, got "
+            f"{name!r}; see `rtpurbo info`, or leave it out to run on the CPU"
+        )
+    return device
