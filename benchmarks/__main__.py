@@ -32,8 +32,9 @@ def describe(name: str, result: dict[str, Any]) -> str:
     notes = [f"no {baseline} ({note})" for baseline, note in result["notes"].items()]
     peak = result["peak_extra_bytes"]["ours"] / 2**20
     share = [f"{result['copy_share']:.0%} of a copy's rate"] if result["copy_share"] else []
-    facts = [f"{result['seconds'] * 1e3:.4g} ms", *ratios, *share, *notes, f"+{peak:.0f} MiB"]
-    return f"{name} {parameters}: {', '.join(facts)}"
+    facts = [f"{fact} {value:.4g}" for fact, value in result["facts"].items()]
+    times = [f"{result['seconds'] * 1e3:.4g} ms", *ratios, *share, *notes]
+    return f"{name} {parameters}: {', '.join([*times, f'+{peak:.0f} MiB', *facts])}"
 
 
 def measured(name: str, choice: Choice, repeats: int) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,7 @@ def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[
     return {
         **case.parameters,
         "seconds": ours,
+        "facts": case.facts,
         "baseline_seconds": medians,
         "ratios": ratios,
         "goals": case.goals,

@@ -5,7 +5,7 @@ that it builds no tensors for others. The runner times a case and its baselines 
 their ratio comes from one run; cases yielded as a list take their turns together.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,7 +19,8 @@ class Case:
     `flops` are those of `run`'s mask, `bytes` what it cannot but read; `goals` gives, by baseline,
     the speed ratio to reach. A call of `run` or a baseline does the work `rounds` times. On "cuda"
     short calls are captured in graphs. A baseline that cases of a list share, the same object, is
-    timed once for all of them.
+    timed once for all of them. `facts` are what the inputs turned out to be; they are reported and
+    choose nothing.
     """
 
     parameters: dict[str, Any]
@@ -30,6 +31,12 @@ class Case:
     goals: dict[str, float] = field(default_factory=dict)
     rounds: int = 1
     device: str = "cpu"
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def in_turn(runs: Sequence[Run]) -> Run:
+    """One call of each, after each other."""
+    return lambda: [run() for run in runs]
 
 
 Wanted: TypeAlias = Callable[[dict[str, Any]], bool]
