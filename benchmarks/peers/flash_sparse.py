@@ -18,8 +18,12 @@ from torch import Tensor
 from benchmarks.peers.peer import fastest
 from benchmarks.peers.problems import Token, Windows
 
-TILES = {"fwd": [(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3)],
-         "dec": [(16, 64, 4, 3), (16, 128, 4, 2), (16, 128, 8, 3)]}  # fmt: skip
+TILES = {
+    "fwd": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3),
+            (64, 128, 4, 2)],
+    "dec": [(16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 8, 3), (16, 128, 4, 2), (16, 128, 8, 3),
+            (16, 128, 8, 2)],
+}  # fmt: skip
 """Rows, keys, warps, stages."""
 UNTUNED = 1024
 """Up to so many keys nothing is tuned: that is for the check alone."""
@@ -29,7 +33,7 @@ PADDED = 256
 
 @cache
 def package() -> Any:
-    # flash_proj_* imports triton_kernels, which no registry has, for projections not used here.
+    # It imports triton_kernels, which it does not require, for projections that are not used here.
     missing = ["triton_kernels", "triton_kernels.matmul_ogs", "triton_kernels.numerics"]
     if find_spec("triton_kernels") is not None:
         missing = []
