@@ -2,6 +2,8 @@
 
 The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
 Inputs rotate, so that little of a window is still in the L2 cache; times are of graph replays.
+Kernels of other projects join in where they are installed (`benchmarks/peers`): they attend to the
+same tokens and choose none, which makes `attend` their like.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks.peers.decode import decode_peers
 from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 from rtpurbo.attention import fewest_to_select_from
@@ -137,11 +140,14 @@ def all_of(steps: list[Step], call: Callable[[Step], object]) -> Callable[[], ob
     return lambda: [call(step) for step in steps]
 
 
-def baselines(steps: list[Step]) -> dict[str, Callable[[], object]]:
+def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
+    """By part."""
     runs = {name: all_of(steps, lambda step, b=b: step.dense(b)) for name, b in BASELINES.items()}
-    if steps[0].k.shape[2] > WINDOW + SINKS:
-        runs["fixed blocks of 16"] = all_of(steps, Step.fixed_blocks)
-    return runs
+    if steps[0].k.shape[2] <= WINDOW + SINKS:
+        return {"step": runs}
+    runs["fixed blocks of 16"] = all_of(steps, Step.fixed_blocks)
+    peers = decode_peers(steps, WINDOW, SINKS)
+    return {"step": {**runs, **peers}, "sparse_decode": {**peers}, "attend": {**peers}}
 
 
 EVERY_HEAD = list(range(HEADS))
@@ -178,14 +184,15 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
             continue
         options = {name: shape[name] for name in ("shared", "selected") if name in shape}
         steps = [Step(batch, keys, heads, bits, **options) for _ in range(rounds)]
+        against = baselines(steps)
         for part in chosen:
             yield Case(
                 parameters=parameters[part],
                 run=all_of(steps, PARTS[part]),
-                baselines=baselines(steps) if part == "step" else {},
+                baselines=against.get(part, {}),
                 bytes=steps[0].bytes(part),
                 rounds=len(steps),
                 device="cuda",
             )
-        del steps
+        del steps, against
         torch.cuda.empty_cache()

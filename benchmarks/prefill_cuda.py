@@ -13,6 +13,7 @@ An index with random keys gives no say in the density. So `select_tiles` runs in
 hardly depends on the data, but the attention reads random lists of the named density: the share of
 the causal pairs of a row and a key that a retrieval head attends to, window and sinks included.
 Rates count the FLOPs of the attention's mask. Goals are for the default window.
+Kernels of other projects join in where they are installed (`benchmarks/peers`).
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.attention import LAYERS, Layer
 from benchmarks.masks import dense_pairs, near_pairs
+from benchmarks.peers.prefill import listed_peers, windowed_peers
 from benchmarks.prefill_layer import SINKS, Prefill
 from benchmarks.random_lists import ListPlan
 from benchmarks.registry import Case, Run, Wanted, benchmark
@@ -102,8 +104,9 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], dense: dict[str, Run])
     run: Run
     if mode in ("near", "dense", "layer"):
         run = partial(prefill.attend, heads, window)
-        if mode != "dense" and keys <= FLEX_UP_TO:
-            baselines = {**dense, "flex": prefill.flex(heads, window)}
+        if keys <= FLEX_UP_TO:
+            flex = {} if mode == "dense" else {"flex": prefill.flex(heads, window)}
+            baselines = {**dense, **flex, **windowed_peers(prefill, heads, window)}
     elif "density" in parameters:
         plan = ListPlan(keys, window, SINKS, float(parameters["density"]))
         listed, lists = plan.pairs, plan.draw(len(heads), prefill.device)
@@ -111,6 +114,8 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], dense: dict[str, Run])
             run = partial(prefill.sparse, window, lists)
         else:
             run = partial(prefill.attend, heads, window, lists)
+        if mode == "lists":
+            baselines = {**dense, **listed_peers(prefill, lists)}
     elif mode == "near_lse":
         run = partial(prefill.near_lse, window)
     else:

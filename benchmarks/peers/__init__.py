@@ -1,0 +1,1 @@
+"""Kernels of other projects as baselines, where they are installed; nothing depends on them."""
