@@ -20,81 +20,6 @@ struct Selection {
   }
 };
 
-template <typename Scorer>
-class Selector {
- public:
-  struct Shared {
-    union {
-      typename Scan<Scorer>::Shared scan;
-      Weigh::Shared weigh;
-      FindBin::Shared find_bin;
-      Publish::Shared publish;
-      Finish::Shared finish;
-    };
-    BlockStats stats;
-    float near;  // log-mass of the near keys
-  };
-
-  /// The first half: this block's scores and statistics. A barrier of the team must follow.
-  static __device__ void scan(const SelectParams& p, const SelectWorkspace& w, const Team& team,
-                              const Row& row, Members& members, Shared& shared) {
-    for (int bin = team.rank * kSelectThreads + threadIdx.x; bin < kBins;
-         bin += team.size * kSelectThreads) {
-      w.bin_mass[team.number * kBins + bin] = 0;
-      w.bin_count[team.number * kBins + bin] = 0;
-    }
-    Scan<Scorer>::run(p, row, members, shared.scan, w.stats[blockIdx.x]);
-  }
-
-  /// The second half. `near_log_mass()`, of a real row, is called by one warp, unless near keys are
-  /// scored.
-  template <typename NearLogMass>
-  static __device__ Selection choose(const SelectParams& p, const SelectWorkspace& w, Team& team,
-                                     const Row& row, const Members& members, Shared& shared,
-                                     const NearLogMass& near_log_mass) {
-    unsigned long long* bin_mass = w.bin_mass + team.number * kBins;
-    uint32_t* bin_count = w.bin_count + team.number * kBins;
-    if (threadIdx.x < 32) {
-      const BlockStats stats =
-          merge_stats(w.stats + team.number * team.size, team.size, p.near_is_scored);
-      if (threadIdx.x == 0) {
-        shared.stats = stats;
-        if (p.near_is_scored) shared.near = LogSum{stats.near_shift, stats.near_sum}.log();
-      }
-    } else if (threadIdx.x < 64 && !p.near_is_scored) {
-      float near = row.position < row.start ? -INFINITY : near_log_mass();
-      if (p.offset_ptr) near -= p.offset_ptr[row.head];
-      if (threadIdx.x == 32) shared.near = near;
-    }
-    __syncthreads();
-    Selection found{};
-    found.top = score_of(shared.stats.top_key);
-    found.poisoned = shared.stats.poisoned || !(shared.near < INFINITY);
-    found.everything = found.poisoned || p.p >= 1.0 || shared.stats.top_key == 0;
-    if (found.everything) {
-      found.cut.score = -INFINITY;
-      found.cut.count = shared.stats.candidates;
-      return found;
-    }
-    Weigh::run(members, found.top, shared.weigh, bin_mass, bin_count);
-    team.sync();
-    const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
-    found.cut = FindBin::run(p, near, bin_mass, bin_count, shared.find_bin);
-    if (found.cut.bin < 0 || found.cut.bin >= kBins) return found;
-
-    __syncthreads();
-    Publish::run(members, found.top, found.cut.bin,
-                 w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
-                 w.cut_counts + blockIdx.x, shared.publish);
-    team.sync();
-    const int64_t first_block = static_cast<int64_t>(team.number) * team.size;
-    const Published published(w.cut_members + first_block * w.block_members,
-                              w.cut_counts + first_block, w.block_members, team.size);
-    Finish::run(published, found.top, found.cut, shared.finish);
-    return found;
-  }
-};
-
 /// Calls fn(i, in) with bit e of `in` set when member i + e of this warp is in, i a multiple of 4;
 /// by all lanes, for all members. fn may overwrite scores of members before i's step of 128.
 template <typename Fn>
@@ -118,6 +43,142 @@ __device__ __forceinline__ void for_each_chosen(const Selection& selection, cons
     fn(i, in);
   });
 }
+
+/// With kRefine the choice is made again, among twice its members, with their scores by k_index.
+template <typename Scorer, bool kRefine = false>
+class Selector {
+  static constexpr int kHistograms = kRefine ? 2 : 1;
+
+ public:
+  struct Shared {
+    union {
+      typename Scan<Scorer>::Shared scan;
+      Weigh::Shared weigh;
+      FindBin::Shared find_bin;
+      Publish::Shared publish;
+      Finish::Shared finish;
+    };
+    BlockStats stats;
+    float near;  // log-mass of the near keys
+  };
+
+  /// The first half: this block's scores and statistics. A barrier of the team must follow.
+  static __device__ void scan(const SelectParams& p, const SelectWorkspace& w, const Team& team,
+                              const Row& row, Members& members, Shared& shared) {
+    for (int bin = team.rank * kSelectThreads + threadIdx.x; bin < kBins;
+         bin += team.size * kSelectThreads) {
+#pragma unroll
+      for (int i = 0; i < kHistograms; ++i) {
+        w.bin_mass[(i * w.teams + team.number) * kBins + bin] = 0;
+        w.bin_count[(i * w.teams + team.number) * kBins + bin] = 0;
+      }
+    }
+    Scan<Scorer>::run(p, row, members, shared.scan, w.stats[blockIdx.x]);
+  }
+
+  /// The second half. `near_log_mass()`, of a real row, is called by one warp, unless near keys are
+  /// scored.
+  template <typename NearLogMass>
+  static __device__ Selection choose(const SelectParams& p, const SelectWorkspace& w, Team& team,
+                                     const Row& row, Members& members, Shared& shared,
+                                     const NearLogMass& near_log_mass) {
+    unsigned long long* bin_mass = w.bin_mass + team.number * kBins;
+    uint32_t* bin_count = w.bin_count + team.number * kBins;
+    Selection found{};
+    Wanted wanted{p.p, p.min_members};
+    double left_out = 0.0;
+    // One loop, so that its code is fetched once.
+#pragma unroll 1
+    for (int pass = kChoose; pass <= kLastPass; ++pass) {
+      if (pass != kWiden) {
+        const bool first = pass == kChoose;
+        if (threadIdx.x < 32) {
+          const bool near_is_scored = p.near_is_scored && first;
+          const BlockStats stats =
+              merge_stats(w.stats + team.number * team.size, team.size, near_is_scored);
+          if (threadIdx.x == 0) {
+            shared.stats = stats;
+            if (near_is_scored) shared.near = LogSum{stats.near_shift, stats.near_sum}.log();
+          }
+        } else if (threadIdx.x < 64 && !p.near_is_scored && first) {
+          float near = row.position < row.start ? -INFINITY : near_log_mass();
+          if (p.offset_ptr) near -= p.offset_ptr[row.head];
+          if (threadIdx.x == 32) shared.near = near;
+        }
+        __syncthreads();
+        const float top = score_of(shared.stats.top_key);
+        if (!first) left_out *= exp(fmin(static_cast<double>(found.top) - top, kMostNats));
+        found.top = top;
+        found.poisoned = shared.stats.poisoned || !(shared.near < INFINITY);
+        found.everything = found.poisoned || p.p >= 1.0 || shared.stats.top_key == 0;
+        if (found.everything) {
+          found.cut.score = -INFINITY;
+          found.cut.count = shared.stats.candidates;
+          return found;
+        }
+        Weigh::run(members, found.top, shared.weigh, bin_mass, bin_count);
+      }
+      team.sync();  // with kWiden, others may still read what will be published anew
+      const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
+      const double outside = kRefine ? near + left_out : near;
+      found.cut = FindBin::run(wanted, near, outside, bin_mass, bin_count, shared.find_bin);
+      if (found.cut.bin >= 0 && found.cut.bin < kBins) {
+        __syncthreads();
+        Publish::run(members, found.top, found.cut.bin,
+                     w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
+                     w.cut_counts + blockIdx.x, shared.publish);
+        team.sync();
+        const int64_t first_block = static_cast<int64_t>(team.number) * team.size;
+        const Published published(w.cut_members + first_block * w.block_members,
+                                  w.cut_counts + first_block, w.block_members, team.size);
+        Finish::run(published, found.top, found.cut, shared.finish);
+      }
+      if constexpr (kRefine) {
+        if (found.cut.count == 0) return found;
+        if (pass == kChoose) wanted = {0.0, 2 * found.cut.count};
+        if (pass == kWiden) {
+          wanted = {p.p, p.min_members};
+          left_out = fmax(found.cut.total - found.cut.mass, 0.0);
+          bin_mass += w.teams * kBins;
+          bin_count += w.teams * kBins;
+          __syncthreads();
+          score_again(p, row, members, found, shared, w.stats[blockIdx.x]);
+          team.sync();
+        }
+      }
+    }
+    return found;
+  }
+
+ private:
+  static constexpr int kChoose = 0;                        // as without kRefine
+  static constexpr int kWiden = 1;                         // twice as many members
+  static constexpr int kLastPass = kRefine ? 2 : kChoose;  // the choice among them
+
+  /// Scores this block's members of the cut by k_index where codes gave the score; the others have
+  /// none any more.
+  static __device__ void score_again(const SelectParams& p, const Row& row, Members& members,
+                                     const Selection& found, Shared& shared, BlockStats& stats) {
+    Scan<Scorer>::load_query(p, row, shared.scan);
+    const Scorer scorer(p, row, shared.scan.query);
+    ScoreStats own;
+    for_each_chosen(found, members, [&](int i, uint32_t in) {
+      if (i >= members.count()) return;
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        float& score = members.score(i + e);
+        if (in >> e & 1) {
+          const int32_t n = members.position(i + e);
+          if (n < p.coded) score = scorer.of_key(n);
+        } else {
+          score = -INFINITY;
+        }
+        own.add(score);
+      }
+    });
+    Scan<Scorer>::put_stats(own, LogSum{}, false, shared.scan, stats);
+  }
+};
 
 /// Sets the bits of the keys of members i to i + 3; every lane is there.
 __device__ __forceinline__ void mark_chosen(const Members& members, int i, uint32_t in,
