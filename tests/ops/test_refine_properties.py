@@ -1,4 +1,4 @@
-"""select with refine over random odd shapes: are the sets those of the rule, and nothing else read."""
+"""select with refine over random odd shapes: are the sets those of the rule, and little read?"""
 
 import math
 
