@@ -56,7 +56,7 @@ __global__ __launch_bounds__(kSelectThreads,
     }
     for (int64_t i = (fits ? count : 0) + own; i < p.capacity; i += all) indices[i] = -1;
     if (!fits) continue;
-    for_each_chosen(selection, members, [&](int i, uint32_t in) {
+    for_each_chosen(selection, members, members.count(), [&](int i, uint32_t in) {
       mark_chosen(members, i, in, static_cast<int>(p.block_size), selected);
       Emit::count(members, i, in, static_cast<int>(p.block_size), chunk_counts);
     });

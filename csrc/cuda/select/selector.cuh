@@ -21,11 +21,11 @@ struct Selection {
 };
 
 /// Calls fn(i, in) with bit e of `in` set when member i + e of this warp is in, i a multiple of 4;
-/// by all lanes, for all members. fn may overwrite scores of members before i's step of 128.
+/// by all lanes, for members [0, end). fn may overwrite scores of members up to i's step of 128.
 template <typename Fn>
 __device__ __forceinline__ void for_each_chosen(const Selection& selection, const Members& members,
-                                                const Fn& fn) {
-  for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
+                                                int end, const Fn& fn) {
+  for_each_four(members, 0, end, [&](int i, const float(&scores)[4]) {
     uint32_t in = 0, ties = 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -48,6 +48,11 @@ __device__ __forceinline__ void for_each_chosen(const Selection& selection, cons
 template <typename Scorer, bool kRefine = false>
 class Selector {
   static constexpr int kHistograms = kRefine ? 2 : 1;
+  static constexpr int kListed = 256;
+  struct Again {
+    typename Scan<Scorer>::Shared scan;
+    int list[kSelectWarps][kListed];
+  };
 
  public:
   struct Shared {
@@ -57,6 +62,7 @@ class Selector {
       FindBin::Shared find_bin;
       Publish::Shared publish;
       Finish::Shared finish;
+      Again again;
     };
     BlockStats stats;
     float near;  // log-mass of the near keys
@@ -156,27 +162,43 @@ class Selector {
   static constexpr int kLastPass = kRefine ? 2 : kChoose;  // the choice among them
 
   /// Scores this block's members of the cut by k_index where codes gave the score; the others have
-  /// none any more.
+  /// none any more. A warp lists its members first, so that lanes wait for their keys together.
   static __device__ void score_again(const SelectParams& p, const Row& row, Members& members,
                                      const Selection& found, Shared& shared, BlockStats& stats) {
-    Scan<Scorer>::load_query(p, row, shared.scan);
-    const Scorer scorer(p, row, shared.scan.query);
+    Again& again = shared.again;
+    Scan<Scorer>::load_query(p, row, again.scan);
+    const Scorer scorer(p, row, again.scan.query);
+    const int lane = threadIdx.x % 32;
+    int* list = again.list[threadIdx.x / 32];
+    int listed = 0;
     ScoreStats own;
-    for_each_chosen(found, members, [&](int i, uint32_t in) {
-      if (i >= members.count()) return;
+    // One step more than there are members, for what is still listed.
+    for_each_chosen(found, members, members.count() + 128, [&](int i, uint32_t in) {
 #pragma unroll 1
       for (int e = 0; e < 4; ++e) {
-        float& score = members.score(i + e);
-        if (in >> e & 1) {
-          const int32_t n = members.position(i + e);
-          if (n < p.coded) score = scorer.of_key(n);
-        } else {
-          score = -INFINITY;
+        const bool chosen = in >> e & 1;
+        const uint32_t lanes = __ballot_sync(0xffffffffu, chosen);
+        if (chosen) {
+          list[listed + __popc(lanes & ((1u << lane) - 1))] = i + e;
+        } else if (i < members.count()) {
+          members.score(i + e) = -INFINITY;
         }
+        listed += __popc(lanes);
+      }
+      const bool more = (i & ~127) < members.count();
+      if (more && listed <= kListed - 128) return;
+      __syncwarp();
+#pragma unroll 1
+      for (int j = lane; j < listed; j += 32) {
+        float& score = members.score(list[j]);
+        const int32_t n = members.position(list[j]);
+        if (n < p.coded) score = scorer.of_key(n);
         own.add(score);
       }
+      __syncwarp();
+      listed = 0;
     });
-    Scan<Scorer>::put_stats(own, LogSum{}, false, shared.scan, stats);
+    Scan<Scorer>::put_stats(own, LogSum{}, false, again.scan, stats);
   }
 };
 
