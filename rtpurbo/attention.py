@@ -3,7 +3,8 @@
 | tokens in the cache | query rows | what runs |
 |---|---|---|
 | none | any | `ops.attention` on the given k and v, then append |
-| some | one | append, then `sparse_decode`, or `decode` of all keys while few are far |
+| some | one | append, then `sparse_decode`, or `decode` of all keys while few are far; |
+|      |     | with `refine` `near_lse`, `select` and `decode` |
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
@@ -204,6 +205,19 @@ def _decode(
         out, last.lse = ops.decode(
             q, k_pages, v_pages, heads, window, config.near_window, config.sinks, scale,
             k_local=k_ring, v_local=v_ring, start=start, length=cache.length,
+        )  # fmt: skip
+    elif config.refine:
+        whole, keys = cache.whole_index_keys(), cache.index_keys()
+        near = _near_lse(context, q, k_pages, context.page_heads, start, scale)
+        last.tokens, last.counts, last.mass = ops.select(
+            q_index, whole, context.index.index_map, config.top_p, config.near_window, config.sinks,
+            config.min_tokens, near_lse=near, offset=_offset(context), start=start,
+            codes=keys.codes, ranges=keys.ranges, refine=True,
+        )  # fmt: skip
+        out, last.lse = ops.decode(
+            q, k_pages, v_pages, heads, window, config.near_window, config.sinks, scale,
+            indices=last.tokens, counts=last.counts, k_local=k_ring, v_local=v_ring, start=start,
+            length=cache.length,
         )  # fmt: skip
     else:
         keys = cache.index_keys()

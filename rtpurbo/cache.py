@@ -32,9 +32,11 @@ class HeadwiseLayer(CacheLayerMixin):
         k_pages, v_pages: [B, F, page capacity, D], the KV heads that hold a retrieval head.
         k_ring, v_ring: [B, L, ring capacity, D], the others; slots as `ops.cache_append` has them.
         index_bits: bits of a stored index-key dimension.
-        index_pages: [B, Rk, page capacity, r] float16, with 16 bits.
-        index_codes, index_ranges, index_tail: with fewer, what `ops.quantize_index` made of the
-            first `layout.coded` tokens, and the others [B, Rk, tail capacity, r] float16.
+        refine: whether keys of fewer than 16 bits are kept in 16 bits, too.
+        index_pages: [B, Rk, page capacity, r] float16, with 16 bits or refine.
+        index_codes, index_ranges, index_tail: with fewer bits, what `ops.quantize_index` made of
+            the first `layout.coded` tokens, and without refine the others [B, Rk, tail capacity, r]
+            float16.
     """
 
     is_sliding = False
@@ -43,11 +45,17 @@ class HeadwiseLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, layout: HeadwiseLayout, sinks: int, token: str, index_bits: int = 16
+        self,
+        layout: HeadwiseLayout,
+        sinks: int,
+        token: str,
+        index_bits: int = 16,
+        refine: bool = False,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.index_bits = index_bits
+        self.refine = refine
         self.sinks = sinks
         self.token = token
         self.start: Tensor | None = None
@@ -108,9 +116,14 @@ class HeadwiseLayer(CacheLayerMixin):
             self._append_index(k_index)
         self.layout.advance(k.shape[2])
 
+    @property
+    def _keeps_pages(self) -> bool:
+        """Whether index keys of all tokens are kept in 16 bits."""
+        return self.index_bits == 16 or self.refine
+
     def _append_index(self, k_index: Tensor) -> None:
         name, slot = "index_pages", self.length
-        if self.index_bits < 16:
+        if not self._keeps_pages:
             name, slot = "index_tail", self.length - self.layout.coded
             room = max(self.layout.tail_capacity, slot + k_index.shape[2])
             self._resize(name, k_index, k_index.shape[1], room)
@@ -118,9 +131,10 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def settle(self) -> None:
         """Quantises the index keys that no later row sees as near, in whole blocks."""
-        if "index_tail" not in self.tensors:
+        if "index_codes" not in self.tensors:
             return
-        layout, tail, position = self.layout, self.index_tail, self.layout.coded
+        layout, position = self.layout, self.layout.coded
+        tail = self.index_pages[:, :, position:] if self.refine else self.index_tail
         joined = layout.settle()
         if joined:
             codes, ranges = ops.quantize_index(tail[:, :, :joined], self.index_bits)
@@ -129,7 +143,7 @@ class HeadwiseLayer(CacheLayerMixin):
             ):  # fmt: skip
                 self._resize(name, new, new.shape[1], layout.code_capacity // size)
                 ops.cache_append_index(new, self.tensors[name], position // size)
-        if joined or tail.shape[2] != layout.tail_capacity:
+        if not self.refine and (joined or tail.shape[2] != layout.tail_capacity):
             rest = tail[:, :, joined : self.length - position]
             self.tensors["index_tail"] = _with_room(rest, layout.tail_capacity)
 
@@ -150,13 +164,21 @@ class HeadwiseLayer(CacheLayerMixin):
     def index_keys(self) -> IndexKeys:
         """The stored index keys."""
         if self.index_bits == 16:
-            return IndexKeys(self.index_pages[:, :, : self.length])
+            return IndexKeys(self.whole_index_keys())
         coded = self.layout.coded
+        if self.refine:
+            keys = self.whole_index_keys()[:, :, coded:]
+        else:
+            keys = self.index_tail[:, :, : self.length - coded]
         return IndexKeys(
-            self.index_tail[:, :, : self.length - coded],
+            keys,
             self.index_codes[:, :, :coded],
             self.index_ranges[:, :, : coded // INDEX_BLOCK],
         )
+
+    def whole_index_keys(self) -> Tensor:
+        """The index keys of all tokens in 16 bits, [B, Rk, N, r]; with 16 bits or refine."""
+        return self.index_pages[:, :, : self.length]
 
     def _grow(self, k: Tensor, k_index: Tensor | None) -> None:
         layout = self.layout
@@ -167,7 +189,7 @@ class HeadwiseLayer(CacheLayerMixin):
         shapes["v_pages"], shapes["v_ring"] = shapes["k_pages"], shapes["k_ring"]
         for name, (heads, capacity) in shapes.items():
             self._resize(name, k, heads, capacity)
-        if k_index is not None and self.index_bits == 16:
+        if k_index is not None and self._keeps_pages:
             self._resize("index_pages", k_index, k_index.shape[1], layout.page_capacity)
         self.is_initialized = True
         self.device = k.device
@@ -303,8 +325,11 @@ def make_layers(state: Any) -> list[HeadwiseLayer]:
             index_dim=config.index_dim,
             index_bits=config.index_bits,
             index_window=config.near_window,
+            index_refine=config.refine,
         )
-        layers.append(HeadwiseLayer(layout, config.sinks, state.token, config.index_bits))
+        layers.append(
+            HeadwiseLayer(layout, config.sinks, state.token, config.index_bits, config.refine)
+        )
     return layers
 
 

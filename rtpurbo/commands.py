@@ -156,6 +156,9 @@ def adapt(
     index_bits: Annotated[
         int, typer.Option(help="Bits of an index-key dimension in the cache: 16, 8, 4.")
     ] = 16,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Score what 8 or 4 bits select again in 16.")
+    ] = False,
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 32768,
     sequences: Annotated[int, typer.Option(help="Training sequences of each stage.")] = 600,
     index_steps: Annotated[int, typer.Option(help="Steps of stage 1, 0 for none.")] = 600,
@@ -190,6 +193,7 @@ def adapt(
         prefill=prefill.value,
         share_index_keys=share_index_keys,
         index_bits=index_bits,
+        refine=refine,
     )
     check_destination(output)
     for folder in (output.absolute().parent, work):

@@ -15,6 +15,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "prefill": ("dense", "sparse"),
     "share_index_keys": (False, True),
     "index_bits": (16, 8, 4),
+    "refine": (False, True),
 }
 _AT_LEAST = {"window": 1, "sinks": 0, "index_dim": 1, "min_tokens": 0, "recent": 1}
 
@@ -43,6 +44,10 @@ class RTPurboConfig:
         select_from: keys outside window and sinks from which decode selects; the retrieval heads
             read all of fewer. None: 1 on a CPU; on CUDA what spares a layer's batch 128 MiB of keys
             and values, below which selecting is slower, so that more of a short context is read.
+        refine: with index_bits 8 or 4 and block_size 1: decode takes twice the tokens that the
+            codes select, scores them again with 16-bit index keys, and selects among them. Those
+            keys are kept for all tokens then, so that an index key of r = 16 weighs 49 or 41 bytes.
+            On the CPU so far; CUDA refuses.
     """
 
     heads: HeadMap
@@ -58,6 +63,7 @@ class RTPurboConfig:
     share_index_keys: bool = False
     index_bits: int = 16
     select_from: int | None = None
+    refine: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.heads, HeadMap):
@@ -77,6 +83,16 @@ class RTPurboConfig:
                 raise ValueError(
                     f"rtpurbo.RTPurboConfig: {name} must be one of {choices}, got {value!r}"
                 )
+        if self.refine and self.index_bits == 16:
+            raise ValueError(
+                "rtpurbo.RTPurboConfig: refine must be False with index_bits=16, got True; choose "
+                "index_bits=8 or 4, keys of 16 bits have nothing to refine"
+            )
+        if self.refine and self.block_size != 1:
+            raise ValueError(
+                "rtpurbo.RTPurboConfig: block_size must be 1 with refine=True, which scores single "
+                f"keys again, got {self.block_size}"
+            )
         if self.select_from is not None and (
             type(self.select_from) is not int or self.select_from < 0
         ):

@@ -36,6 +36,7 @@ class LastForward:
         indices, counts, mass: of `select_tiles`; None if heads ran dense.
         selected, counts, mass: of `sparse_decode`; None if decode read every key, or the layer has
             no retrieval head.
+        tokens: the indices of `select`, in place of `selected`, where that ran instead.
         q, lse: of a decode step, for the true mass.
         cache: the layer's cache, if it is still alive.
         kv_bytes, index_bytes, dense_bytes: what that cache held.
@@ -48,6 +49,7 @@ class LastForward:
     scale: float
     indices: Tensor | None = None
     selected: Tensor | None = None
+    tokens: Tensor | None = None
     counts: Tensor | None = None
     mass: Tensor | None = None
     q: Tensor | None = None

@@ -132,16 +132,25 @@ def _attended(context: LayerContext, last: LastForward, rows: Tensor) -> tuple[T
     visible = (first <= n) & (n <= m)
     sink = n - first < config.sinks
     attended = (visible & (sink | (m - n < config.window)))[:, None].repeat(1, heads, 1, 1)
-    if last.rows == 1 and last.selected is not None:
-        chosen = _selected(last.selected[:, :, 0], last.keys)
-        chosen = chosen | (visible & (sink | (m - n < config.near_window)))
+    decoded = _decoded(last)
+    if decoded is not None:
+        chosen = decoded | (visible & (sink | (m - n < config.near_window)))
     elif last.counts is not None and last.indices is not None:
         tile = int(rows[0]) // TILE
-        chosen = _listed(last.indices[:, :, tile], last.counts[:, :, tile], last.keys)
+        chosen = _listed(last.indices[:, :, tile], last.counts[:, :, tile], last.keys, TILE_BLOCK)
     else:
         chosen = torch.ones(1, 1, last.keys, dtype=torch.bool)
     attended[:, context.heads] = visible[:, None] & chosen[:, :, None, :]
     return attended, visible
+
+
+def _decoded(last: LastForward) -> Tensor | None:
+    """bool [B, R, N]: what a decode step selected; None where it selected nothing."""
+    if last.selected is not None:
+        return _selected(last.selected[:, :, 0], last.keys)
+    if last.tokens is not None and last.counts is not None:
+        return _listed(last.tokens[:, :, 0], last.counts[:, :, 0], last.keys, block_size=1)
+    return None
 
 
 def _selected(words: Tensor, keys: int) -> Tensor:
@@ -150,13 +159,13 @@ def _selected(words: Tensor, keys: int) -> Tensor:
     return bits.flatten(-2)[..., :keys].bool()
 
 
-def _listed(indices: Tensor, counts: Tensor, keys: int) -> Tensor:
+def _listed(indices: Tensor, counts: Tensor, keys: int, block_size: int) -> Tensor:
     """bool [B, R, N]: the key's block is listed, from indices [B, R, C] and counts [B, R]."""
     indices, counts = indices.cpu().long(), counts.cpu()
-    blocks = torch.zeros(*counts.shape, -(-keys // TILE_BLOCK) + 1, dtype=torch.bool)
+    blocks = torch.zeros(*counts.shape, -(-keys // block_size) + 1, dtype=torch.bool)
     used = torch.arange(indices.shape[-1]) < counts[..., None]
     blocks.scatter_(-1, indices.masked_fill(~used, blocks.shape[-1] - 1), True)
-    listed = blocks[..., :-1].repeat_interleave(TILE_BLOCK, dim=-1)[..., :keys]
+    listed = blocks[..., :-1].repeat_interleave(block_size, dim=-1)[..., :keys]
     return listed | (counts < 0)[..., None]
 
 

@@ -147,21 +147,28 @@ def selections(draw: st.DrawFn, max_rows: int = 6, max_keys: int = 300) -> dict:
 
 
 def check_set(
-    scores: Tensor, forced: float, p: float, floor: int, chosen: list[int], mass: float
+    scores: Tensor,
+    forced: float,
+    p: float,
+    floor: int,
+    chosen: list[int],
+    mass: float,
+    left_out: float = -math.inf,
 ) -> None:
     """Judges one top-p set on its own, so that rounding may move a member that decides nothing.
 
-    scores are float64 [N], -inf for what cannot be selected.
+    scores are float64 [N], -inf for what cannot be selected; left_out is the log-mass of others
+    that cannot, but count.
     """
     candidates = [n for n, score in enumerate(scores.tolist()) if score > -math.inf]
     assert chosen == sorted(set(chosen)) and set(chosen) <= set(candidates)
     if not candidates and forced == -math.inf:
         assert mass == 1
         return
-    weights = torch.cat([scores, scores.new_tensor([forced])]).softmax(0)
-    share = weights[chosen].sum().item() + weights[-1].item()
+    weights = torch.cat([scores, scores.new_tensor([forced, left_out])]).softmax(0)
+    share = weights[chosen].sum().item() + weights[-2].item()
     assert abs(mass - share) < ROUNDING
-    assert share >= p - ROUNDING
+    assert share >= p - ROUNDING or (left_out > -math.inf and chosen == candidates)
     assert len(chosen) >= min(floor, len(candidates))
     if p == 1:
         assert chosen == candidates

@@ -207,6 +207,13 @@ def quantised(keys: int, dim: int, bits: int) -> dict[str, Tensor]:
     return dict(codes=codes, ranges=ranges.half())
 
 
+def refined(coded: int, tail: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Keys in 16 bits or more, the codes of the first of them, and refine."""
+    k_index = numbers(2, 2, coded + tail, 4, dtype=dtype) * 2
+    codes, ranges = ops.quantize_index(k_index[:, :, :coded], 4)
+    return dict(k_index=k_index, codes=codes, ranges=ranges, refine=True)
+
+
 def select_samples(dtype: torch.dtype) -> list[Sample]:
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     base = index_arguments(4, 60, dtype) | dict(p=0.8, min_tokens=3)
@@ -218,6 +225,7 @@ def select_samples(dtype: torch.dtype) -> list[Sample]:
         Sample("select", "blocks", base | padded | beyond | {"block_size": 16}),
         Sample("select", "capacity", base | {"capacity": 5}),
         Sample("select", "four_bits", base | padded | beyond | quantised(320, 4, 4)),
+        Sample("select", "refine", base | padded | beyond | refined(320, 60, dtype)),
         Sample("select", "eight_bits", base | quantised(64, 4, 8) | {"block_size": 16}),
     ]
 

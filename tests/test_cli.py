@@ -94,6 +94,14 @@ def test_adapt_passes_every_setting_on(dense, texts, tmp_path):
     assert torch.equal(config.heads.roles, ROLES) and tokenizer is not None
 
 
+def test_adapt_passes_refine_on(dense, texts, tmp_path):
+    command = ["adapt", dense, "-o", tmp_path / "out", "--share", 0.25, "--texts", texts]
+    command += ["--index-steps", 0, "--distill-steps", 0, "--length", 256, "--refine"]
+    run(*command, "--index-bits", 4)
+    config = rtpurbo.patching.state(rtpurbo.from_pretrained(tmp_path / "out")[0]).config
+    assert config.refine and config.index_bits == 4
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_adapt_trains_both_stages_and_resumes(dense, texts, tmp_path, lora):
     command = [

@@ -155,13 +155,25 @@ def test_duo_attention(heads, tmp_path):
     {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": float("nan")}, {"min_tokens": -1}, {"recent": 0},
     {"block_size": 8}, {"block_size": True}, {"prefill": "lazy"}, {"share_index_keys": 1},
     {"index_bits": 2}, {"select_from": -1}, {"select_from": True},
+    {"refine": True}, {"refine": 1}, {"block_size": 16, "refine": True, "index_bits": 4},
 ])  # fmt: skip
 def test_refused_configurations(heads, change):
-    (name,) = change
+    name = next(iter(change))
     with pytest.raises(ValueError, match=rf"rtpurbo\.RTPurboConfig: {name} must be"):
         RTPurboConfig(heads=heads, **change)
     with pytest.raises(AttributeError):
         setattr(RTPurboConfig(heads=heads), name, 1)
+
+
+def test_refine_says_what_it_needs(heads):
+    with pytest.raises(ValueError, match="refine must be False with index_bits=16, got True; choo"):
+        RTPurboConfig(heads=heads, refine=True)
+    with pytest.raises(ValueError, match=r"block_size must be 1 with refine=True.*got 32"):
+        RTPurboConfig(heads=heads, refine=True, index_bits=8, block_size=32)
+    for bits in (4, 8):
+        config = RTPurboConfig(heads=heads, refine=True, index_bits=bits)
+        assert RTPurboConfig.from_dict(config.to_dict()) == config
+        assert not RTPurboConfig(heads=heads, index_bits=bits).refine
 
 
 def test_configuration_needs_a_head_map():

@@ -33,6 +33,8 @@ HeadwiseLayout::HeadwiseLayout(HeadwiseShape shape) : shape_(std::move(shape)) {
   require(shape_.index_bits == 4 || shape_.index_bits == 8 || shape_.index_bits == 16,
           "index_bits must be 4, 8 or 16");
   require(shape_.index_window >= 1, "index_window must be >= 1");
+  require(!shape_.index_refine || shape_.index_bits < 16,
+          "index_refine must be false with index_bits 16");
   int64_t previous = -1;
   for (const int64_t head : shape_.full_heads) {
     require(head > previous && head < shape_.kv_heads,
@@ -95,7 +97,7 @@ int64_t HeadwiseLayout::index_bytes(int64_t batch) const {
   const int64_t dim = shape_.index_dim;
   if (shape_.index_bits == 16) return heads * kHalfBytes * dim * page_capacity_;
   const int64_t ranges = kHalfBytes * 2 * dim * (code_capacity_ / kIndexBlock);
-  return heads * (kHalfBytes * dim * tail_capacity() +
+  return heads * (kHalfBytes * dim * (shape_.index_refine ? page_capacity_ : tail_capacity()) +
                   code_bytes(dim, shape_.index_bits) * code_capacity_ + ranges);
 }
 

@@ -17,6 +17,7 @@ struct HeadwiseShape {
   int64_t index_dim;
   int64_t index_bits = 16;
   int64_t index_window = 1;  // latest keys that every row attends anyway
+  bool index_refine = false;
 };
 
 // KV heads in `full_heads` keep every token in pages, slot = position. The others keep sinks and
@@ -25,7 +26,8 @@ struct HeadwiseShape {
 // and at least 1/kGrowthDivisor at once, so that slack stays small and copying stays linear.
 //
 // Index keys of 16 bits lie in pages. Of fewer bits, those that have left index_window for every
-// later row are codes, in whole blocks of kIndexBlock; the others are a tail of 16-bit keys.
+// later row are codes, in whole blocks of kIndexBlock; the others are a tail of 16-bit keys. With
+// index_refine pages hold all keys in 16 bits beside the codes, and there is no tail.
 class HeadwiseLayout {
  public:
   static constexpr int64_t kPageTokens = 64;

@@ -89,6 +89,9 @@ class IndexScores {
     }
   }
 
+  /// Query `slot`, with the scale of the scores.
+  const Accum* query(int64_t slot) const { return queries_.data() + slot * dim_; }
+
   /// The scores of query `slot`, by key.
   const Accum* row(int64_t slot) const { return scores_.data() + slot * width_; }
 

@@ -4,6 +4,7 @@
 
 #include "csrc/cpu/index_scores.h"
 #include "csrc/cpu/jobs.h"
+#include "csrc/cpu/refine.h"
 #include "csrc/cpu/top_p_row.h"
 
 namespace rtpurbo::cpu::CPU_CAPABILITY {
@@ -17,6 +18,7 @@ class Selector {
       : p_(params),
         in_(params.index),
         scores_(in_.dim, in_.keys),
+        refiner_(in_.dim),
         members_(in_.keys),
         blocks_(in_.block_size > 1 ? in_.keys / in_.block_size + 1 : 0) {}
 
@@ -35,14 +37,17 @@ class Selector {
       last = std::max(last, position(queries[i].row));
     }
     const int64_t start = first_key(in_, batch);
-    scores_.run(count, head_keys(in_, batch, key_head), start, last + 1);
-    for (int64_t i = 0; i < count; ++i) choose_members(batch, queries[i], start, scores_.row(i));
+    const HeadKeys keys = head_keys(in_, batch, key_head);
+    scores_.run(count, keys, start, last + 1);
+    for (int64_t i = 0; i < count; ++i) choose_members(batch, queries[i], start, keys, i);
   }
 
  private:
   int64_t position(int64_t row) const { return in_.keys - in_.rows + row; }
 
-  void choose_members(int64_t batch, const Query& query, int64_t start, const Accum* scores) {
+  void choose_members(int64_t batch, const Query& query, int64_t start, const HeadKeys& keys,
+                      int64_t slot) {
+    const Accum* scores = scores_.row(slot);
     const int64_t m = position(query.row);
     const int64_t place = (batch * in_.heads + query.head) * in_.rows + query.row;
     FarKeys far{start, start};
@@ -53,8 +58,14 @@ class Selector {
     }
     TopPResult result;
     if (in_.block_size == 1) {
-      result = top_p_row(scores + far.begin, far.end - far.begin, p_.p, p_.min_members, near,
-                         p_.exact, members_.data(), scratch_);
+      const Accum* first = scores + far.begin;
+      const int64_t count = far.end - far.begin;
+      result =
+          top_p_row(first, count, p_.p, p_.min_members, near, p_.exact, members_.data(), scratch_);
+      if (in_.refine && p_.p < 1.0 && result.count > 0 && !std::isnan(result.mass)) {
+        result = refiner_.run(first, count, result.count, scores_.query(slot), keys, far.begin,
+                              p_.p, p_.min_members, near, p_.exact, members_.data(), scratch_);
+      }
     } else {
       const int64_t count =
           block_masses(scores, far, in_.block_size, blocks_.data(), log_sum_exp<Accum>);
@@ -74,6 +85,7 @@ class Selector {
   const SelectParams& p_;
   const IndexParams& in_;
   IndexScores<Accum> scores_;
+  Refiner<Accum> refiner_;
   std::vector<int32_t> members_;
   std::vector<Accum> blocks_;
   TopPScratch scratch_;

@@ -32,9 +32,11 @@ struct TopPScratch {
 /// exp(forced_lse) outside the row, holds the share `p` of all mass, and at least min_members
 /// candidates (score > -inf); ties join by lower position. `out` needs room for n entries.
 /// A NaN or +inf score selects every candidate and gives a NaN mass; no mass at all gives (0, 1).
+/// A mass of exp(left_out_lse) counts in all mass and cannot be selected.
 template <typename T>
 TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, double forced_lse,
-                     bool exact, int32_t* out, TopPScratch& scratch) {
+                     bool exact, int32_t* out, TopPScratch& scratch,
+                     double left_out_lse = -std::numeric_limits<double>::infinity()) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
   double top = -kInf;
   int64_t candidates = 0;
@@ -52,7 +54,7 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
     }
     return {count, poisoned ? std::numeric_limits<double>::quiet_NaN() : 1.0};
   }
-  const double reference = std::max(top, forced_lse);
+  const double reference = std::max({top, forced_lse, left_out_lse});
   if (reference == -kInf) return {0, 1.0};
 
   auto& bin_mass = scratch.bin_mass;
@@ -70,7 +72,7 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
     ++bin_count[bin];
   }
   const double forced = std::exp(forced_lse - reference);
-  double total = forced;
+  double total = forced + std::exp(left_out_lse - reference);
   for (const double mass : bin_mass) total += mass;
 
   const double target = p * total;

@@ -32,12 +32,12 @@ Result allocate(const at::Tensor& q_index, at::ScalarType mass_type, int64_t roo
 Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
                   double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                   const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-                  int64_t capacity, bool exact, const MaybeTensor& codes,
-                  const MaybeTensor& ranges) {
+                  int64_t capacity, bool exact, const MaybeTensor& codes, const MaybeTensor& ranges,
+                  bool refine) {
   check_selection(kOp, p, min_tokens, block_size);
   TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
-                                 near_lse, offset, start, {codes, ranges});
+                                 near_lse, offset, start, {codes, ranges, refine});
   const int64_t room = arguments.room(capacity);
   const Result result = allocate(q_index, arguments.params().accum, room);
   const auto& [indices, counts, mass] = result;
@@ -57,11 +57,14 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
                    double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                    const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
                    int64_t capacity, bool /*exact: it always is*/, const MaybeTensor& codes,
-                   const MaybeTensor& ranges) {
+                   const MaybeTensor& ranges, bool refine) {
   check_selection(kOp, p, min_tokens, block_size);
   TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
-                                 near_lse, offset, start, {codes, ranges});
+                                 near_lse, offset, start, {codes, ranges, refine});
+  TORCH_CHECK_NOT_IMPLEMENTED(!refine,
+                              "rtpurbo::select: no CUDA kernel with refine yet; run on the CPU, or "
+                              "without it (RTPurboConfig(refine=False))");
   const cpu::IndexParams& in = arguments.params();
   const int64_t room = arguments.room(capacity);
   const Result result = allocate(q_index, at::kFloat, room);
@@ -90,12 +93,13 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
 Result select(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
               double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
               const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-              int64_t capacity, bool exact, const MaybeTensor& codes, const MaybeTensor& ranges) {
+              int64_t capacity, bool exact, const MaybeTensor& codes, const MaybeTensor& ranges,
+              bool refine) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rtpurbo::select", "")
                              .typed<decltype(select)>();
   return op.call(q_index, k_index, index_map, p, window, sinks, min_tokens, block_size, near_lse,
-                 offset, start, capacity, exact, codes, ranges);
+                 offset, start, capacity, exact, codes, ranges, refine);
 }
 
 TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
@@ -103,7 +107,7 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       "select(Tensor q_index, Tensor k_index, int[] index_map, float p, int window, int sinks,"
       " int min_tokens, int block_size=1, Tensor? near_lse=None, Tensor? offset=None,"
       " Tensor? start=None, int capacity=0, bool exact=True, Tensor? codes=None,"
-      " Tensor? ranges=None)"
+      " Tensor? ranges=None, bool refine=False)"
       " -> (Tensor indices, Tensor counts, Tensor mass)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("select", &select_cpu); }

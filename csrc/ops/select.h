@@ -22,6 +22,10 @@ namespace rtpurbo {
 /// capacity   room for members, 0 for ceil(N / block_size); a row that needs more has count -1
 /// codes      keys [0, Q) quantised, Q = 64 n: codes [B, Rk, Q, c] and ranges [B, Rk, n, 2 r] as
 ///            quantize_index returns them; k_index then holds keys [Q, N)
+/// refine     with codes and block_size 1: k_index holds all keys, [0, N). Of a row whose smallest
+///            set has c members the 2 c best are scored again from k_index; only they can be
+///            members, the others keep their share of all mass. If those 2 c do not reach p, all of
+///            them are members. Rows with p = 1 or a NaN or +inf logit are not refined.
 /// returns    indices int32 [B, R, M, capacity], ascending, -1 padded; counts int32 [B, R, M]; mass
 ///            [B, R, M] float32 (float64 for float64), the recovered share. A NaN or +inf logit
 ///            selects all far keys and gives a NaN mass; a row that sees no key: count 0, mass 1.
@@ -33,6 +37,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select(
     const std::optional<at::Tensor>& offset = std::nullopt,
     const std::optional<at::Tensor>& start = std::nullopt, int64_t capacity = 0, bool exact = true,
     const std::optional<at::Tensor>& codes = std::nullopt,
-    const std::optional<at::Tensor>& ranges = std::nullopt);
+    const std::optional<at::Tensor>& ranges = std::nullopt, bool refine = false);
 
 }  // namespace rtpurbo

@@ -11,15 +11,16 @@ namespace rtpurbo {
 void bind_cache(py::module_& m) {
   py::class_<HeadwiseLayout>(m, "HeadwiseLayout",
                              "Which KV heads a layer keeps whole, and what its cache needs.")
-      .def(py::init([](int64_t kv_heads, std::vector<int64_t> full_heads, int64_t window,
-                       int64_t sinks, int64_t head_dim, int64_t index_heads, int64_t index_dim,
-                       int64_t index_bits, int64_t index_window) {
-             return HeadwiseLayout({kv_heads, std::move(full_heads), window, sinks, head_dim,
-                                    index_heads, index_dim, index_bits, index_window});
-           }),
-           py::kw_only(), py::arg("kv_heads"), py::arg("full_heads"), py::arg("window"),
-           py::arg("sinks"), py::arg("head_dim"), py::arg("index_heads"), py::arg("index_dim"),
-           py::arg("index_bits") = 16, py::arg("index_window") = 1)
+      .def(
+          py::init([](int64_t kv_heads, std::vector<int64_t> full_heads, int64_t window,
+                      int64_t sinks, int64_t head_dim, int64_t index_heads, int64_t index_dim,
+                      int64_t index_bits, int64_t index_window, bool index_refine) {
+            return HeadwiseLayout({kv_heads, std::move(full_heads), window, sinks, head_dim,
+                                   index_heads, index_dim, index_bits, index_window, index_refine});
+          }),
+          py::kw_only(), py::arg("kv_heads"), py::arg("full_heads"), py::arg("window"),
+          py::arg("sinks"), py::arg("head_dim"), py::arg("index_heads"), py::arg("index_dim"),
+          py::arg("index_bits") = 16, py::arg("index_window") = 1, py::arg("index_refine") = false)
       .def_property_readonly("full_heads", &HeadwiseLayout::full_heads)
       .def_property_readonly("local_heads", &HeadwiseLayout::local_heads)
       .def_property_readonly("length", &HeadwiseLayout::length)

@@ -24,6 +24,7 @@ def select(
     exact: bool = True,
     codes: Tensor | None = None,
     ranges: Tensor | None = None,
+    refine: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The far keys that reach softmax mass p under the index: S_h(m) of the paper, never M x N.
 
@@ -47,6 +48,10 @@ def select(
         capacity: room for members, 0 for ceil(N / block_size).
         exact: False may add the rest of the threshold's histogram bin (see top_p); CUDA never does.
         codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
+        refine: with codes and block_size 1: k_index holds all N keys. Of a row whose smallest set
+            has c members the 2 c best are scored again from k_index; only they can be members, the
+            others keep their share of all mass. If those 2 c do not reach p, all of them are
+            members. With p = 1 or a NaN or +inf logit nothing is refined.
 
     Returns:
         indices int32 [B, R, M, capacity], ascending and padded with -1; counts int32 [B, R, M], -1
@@ -73,6 +78,7 @@ def select(
         exact,
         codes,
         ranges,
+        refine,
     )
 
 
@@ -99,9 +105,10 @@ def _(
     exact: bool = True,
     codes: Tensor | None = None,
     ranges: Tensor | None = None,
+    refine: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q_index.shape
-    keys = k_index.shape[2] + (0 if codes is None else codes.shape[2])
+    keys = k_index.shape[2] + (0 if codes is None or refine else codes.shape[2])
     room = capacity or -(-keys // block_size)
     return (
         q_index.new_empty((batch, heads, rows, room), dtype=torch.int32),

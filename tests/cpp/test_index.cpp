@@ -152,6 +152,28 @@ TEST_CASE("codes are spelt out as select reads them", "[quantize_index]") {
   }
 }
 
+TEST_CASE("select with refine trusts the keys, not the codes", "[select]") {
+  // By codes key 7 is best and 5 next, by the keys themselves 5 is.
+  at::Tensor keys = at::zeros({1, 1, 66, 1});
+  keys[0][0][5] = 8.0;
+  keys[0][0][7] = 10.0;
+  const auto [codes, ranges] = rtpurbo::quantize_index(keys.narrow(2, 0, 64), 8);
+  keys[0][0][7] = 4.0;
+  const auto chosen = [&](const at::Tensor& k_index, bool refine) {
+    const auto [indices, counts, mass] =
+        rtpurbo::select(at::ones({1, 1, 1, 1}), k_index, {0}, 0.8, 1, 0, 0, 1, std::nullopt,
+                        std::nullopt, std::nullopt, 0, true, codes, ranges, refine);
+    CHECK(counts.item<int>() == 1);
+    return indices.flatten()[0].item<int>();
+  };
+  CHECK(chosen(keys.narrow(2, 64, 2), false) == 7);
+  CHECK(chosen(keys, true) == 5);
+  CHECK_THROWS_WITH(
+      rtpurbo::select(at::ones({1, 1, 1, 1}), keys, {0}, 0.8, 1, 0, 0, 1, std::nullopt,
+                      std::nullopt, std::nullopt, 0, true, std::nullopt, std::nullopt, true),
+      Catch::Contains("refine needs codes"));
+}
+
 TEST_CASE("the index operators name what is wrong", "[select][index_kl]") {
   const at::Tensor one = at::ones({1, 1, 1, 4});
   CHECK_THROWS_WITH(rtpurbo::select(one, one, {1}, 0.9, 1, 0, 0), Catch::Contains("index_map"));

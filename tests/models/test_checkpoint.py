@@ -24,8 +24,11 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip(family, tmp_path):
-    settings = config(window=8, top_p=0.7, index="full", share_index_keys=True, index_bits=4)
+@pytest.mark.parametrize("refine", [False, True])
+def test_round_trip(family, refine, tmp_path):
+    settings = config(
+        window=8, top_p=0.7, index="full", share_index_keys=True, index_bits=4, refine=refine
+    )
     model, ids = rtpurbo.sparsify(tiny(family), settings), tokens(60)
     index = state(model).index
     for layer in index.layers.values():

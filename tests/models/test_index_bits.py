@@ -13,6 +13,7 @@ import rtpurbo
 from rtpurbo import ops
 from rtpurbo.cache import HeadwiseLayer
 from rtpurbo.patching import state
+from rtpurbo.stats import _decoded
 from tests.models.tiny import (
     HEADS,
     LAYERS,
@@ -29,18 +30,19 @@ from tests.models.tiny import (
 pytestmark = pytest.mark.families
 EVERY_HEAD = torch.ones(LAYERS, HEADS, dtype=torch.bool)
 bits = pytest.mark.parametrize("bits", [8, 4])
+refine = pytest.mark.parametrize("refine", [False, True])
 
 
 def close(a, b):
     torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
 
 
-def layer(bits, window, index_dim=6):
+def layer(bits, window, index_dim=6, refine=False):
     layout = HeadwiseLayout(
         kv_heads=1, full_heads=[0], window=8, sinks=2, head_dim=8, index_heads=3,
-        index_dim=index_dim, index_bits=bits, index_window=window,
+        index_dim=index_dim, index_bits=bits, index_window=window, index_refine=refine,
     )  # fmt: skip
-    return HeadwiseLayer(layout, 2, "", bits)
+    return HeadwiseLayer(layout, 2, "", bits, refine)
 
 
 def held(made):
@@ -54,13 +56,14 @@ def held(made):
     window=st.sampled_from([1, 2, 63, 64, 65]) | st.integers(1, 300),
     chunks=st.lists(st.sampled_from([1, 1, 2, 63, 64, 65]) | st.integers(1, 400), max_size=12),
     steps=st.integers(0, 70),
+    refine=st.booleans(),
 )
-def test_the_same_keys_are_quantised_whatever_the_chunks(bits, window, chunks, steps):
+def test_the_same_keys_are_quantised_whatever_the_chunks(bits, window, chunks, steps, refine):
     chunks = [*chunks, *[1] * steps]
     length = sum(chunks)
     k_index = torch.randn(2, 3, length, 6, generator=torch.Generator().manual_seed(length)).half()
     kv = torch.zeros(2, 1, length, 8)
-    made, done = layer(bits, window), 0
+    made, done = layer(bits, window, refine=refine), 0
     for chunk in chunks:
         new, done = slice(done, done + chunk), done + chunk
         made.append(kv[:, :, new], kv[:, :, new], k_index[:, :, new], None)
@@ -71,6 +74,7 @@ def test_the_same_keys_are_quantised_whatever_the_chunks(bits, window, chunks, s
                 assert held(made) == made.layout.index_bytes(2) == made.weigh()[1]
             keys, codes, ranges = made.index_keys()
             coded = codes.shape[2]
+            assert not refine or torch.equal(made.whole_index_keys(), k_index[:, :, :done])
             assert torch.equal(keys, k_index[:, :, coded:done])
             expected = ops.quantize_index(k_index[:, :, :coded], bits)
             assert torch.equal(codes, expected[0]) and torch.equal(ranges, expected[1])
@@ -87,6 +91,12 @@ def test_bytes_of_a_long_text(bits, index_dim, bytes_a_key):
     whole = layer(16, 8192, index_dim).layout
     whole.reserve(2**20)
     assert whole.index_bytes(1) == 3 * 2**20 * 2 * index_dim
+    both = layer(bits, 8192, index_dim, refine=True).layout
+    both.reserve(2**20)
+    both.advance(2**20)
+    both.settle()
+    codes = 3 * (2**20 - 8192) * bytes_a_key
+    assert codes <= both.index_bytes(1) - whole.index_bytes(1) <= codes * 1.02
 
 
 def test_layout_refuses_other_bits():
@@ -94,13 +104,16 @@ def test_layout_refuses_other_bits():
         layer(5, 8)
     with pytest.raises(ValueError, match="index_window must be >= 1"):
         layer(4, 0)
+    with pytest.raises(ValueError, match="index_refine must be false with index_bits 16"):
+        layer(16, 8, refine=True)
 
 
 @bits
-def test_a_cache_forgets_and_is_copied_and_reordered(bits):
+@refine
+def test_a_cache_forgets_and_is_copied_and_reordered(bits, refine):
     model, ids = tiny(), tokens(170, 3)
     expected = whole(model, ids)
-    rtpurbo.sparsify(model, config(EVERY_HEAD, window=8, index_bits=bits))
+    rtpurbo.sparsify(model, config(EVERY_HEAD, window=8, index_bits=bits, refine=refine))
     with torch.no_grad():
         cache = cache_of(model(ids[:, :150]))
     kept = copy.deepcopy(cache)
@@ -117,7 +130,8 @@ def test_a_cache_forgets_and_is_copied_and_reordered(bits):
 @bits
 @pytest.mark.parametrize("settings", [
     {}, {"index": "full"}, {"block_size": 16}, {"share_index_keys": True},
-    {"prefill": "sparse", "min_tokens": 4096},
+    {"prefill": "sparse", "min_tokens": 4096}, {"refine": True},
+    {"refine": True, "index": "full"}, {"refine": True, "prefill": "sparse", "min_tokens": 4096},
 ], ids=lambda s: "-".join(map(str, s.values())) or "default")  # fmt: skip
 def test_everything_selected_is_dense(bits, settings):
     """p = 1 in a window of 8: what the index misjudges does not matter, what it loses would."""
@@ -130,11 +144,12 @@ def test_everything_selected_is_dense(bits, settings):
 
 
 @bits
-def test_generate_is_dense(bits):
+@refine
+def test_generate_is_dense(bits, refine):
     model, (ids, mask) = tiny(), padded((90, 40, 77))
     options = dict(attention_mask=mask, max_new_tokens=50, do_sample=False)
     dense = model.generate(ids, **options)
-    with rtpurbo.sparse(model, config(EVERY_HEAD, window=8, index_bits=bits)):
+    with rtpurbo.sparse(model, config(EVERY_HEAD, window=8, index_bits=bits, refine=refine)):
         assert torch.equal(model.generate(ids, **options), dense)
 
 
@@ -152,6 +167,30 @@ def test_selection_stays_near_that_of_16_bits(bits, index):
         masses[width] = rtpurbo.stats(model)["index_mass"]
     assert masses[bits] == pytest.approx(masses[16], abs=0.01)
     assert not torch.equal(logits[16], logits[bits])
+
+
+@bits
+@pytest.mark.parametrize("index", ["beyond_window", "full"])
+def test_refine_selects_what_16_bits_select(bits, index):
+    """Nearly: what differs is a tenth of what codes alone change, at most."""
+    (ids, mask), pieces, sets, statistics = padded((2000, 1500)), [1990, *[1] * 10], {}, {}
+    settings = {"window": 100, "top_p": 0.9, "index": index, "index_dim": 16}
+    cases = {
+        "16": {},
+        "codes": {"index_bits": bits},
+        "refine": {"index_bits": bits, "refine": True},
+    }
+    for name, case in cases.items():
+        model = rtpurbo.sparsify(tiny(), config(EVERY_HEAD, **settings, **case))
+        in_pieces(model, ids, pieces, mask)
+        last = state(model).layers[0].last  # whose input does not depend on selections before
+        sets[name], statistics[name] = _decoded(last), rtpurbo.stats(model)
+        assert torch.equal(sets[name].sum(-1), last.counts[..., 0].long())
+    assert statistics["refine"]["index_mass"] >= 0.9
+    off = {name: (sets[name] ^ sets["16"]).sum().item() for name in ("codes", "refine")}
+    assert off["refine"] <= 0.01 * sets["16"].sum() and 10 * off["refine"] < off["codes"]
+    for name in ("attended_tokens", "memory_sparsity"):
+        assert statistics["refine"][name] == pytest.approx(statistics["16"][name], rel=0.05)
 
 
 def recorded(monkeypatch, name):
@@ -185,10 +224,19 @@ def test_decode_reads_near_keys_in_16_bits(monkeypatch):
     assert calls[::LAYERS] == [(163, 0), (100, 64)]
 
 
+def test_decode_with_refine_reads_all_keys_in_16_bits(monkeypatch):
+    calls = recorded(monkeypatch, "select")
+    model = rtpurbo.sparsify(tiny(), config(window=100, index_bits=4, refine=True))
+    in_pieces(model, tokens(164), [162, 1, 1])
+    assert calls[::LAYERS] == [(163, 0), (164, 64)]
+
+
 @bits
-def test_bytes_of_a_model(bits):
+@refine
+def test_bytes_of_a_model(bits, refine):
     model, length, window = tiny(), 3000, 100
-    rtpurbo.sparsify(model, config(MIXED, window=window, index_dim=16, index_bits=bits))
+    chosen = config(MIXED, window=window, index_dim=16, index_bits=bits, refine=refine)
+    rtpurbo.sparsify(model, chosen)
     for pieces in ([length], [length - 1, 1], [1000, 2000]):
         cache = rtpurbo.RTPurboCache(model)
         in_pieces(model, tokens(length, 2), pieces, cache=cache)
@@ -198,5 +246,6 @@ def test_bytes_of_a_model(bits):
         assert found["index_bytes"] == sum(held(layer) for layer in cache.layers)
         assert found["kv_bytes"] + found["index_bytes"] == cache.nbytes()
         keys, a_key = LAYERS * 2 * 3, 17 if bits == 8 else 9
-        exact = keys * (window * 32 + (length - window) * a_key)
+        coded = (length - window + 1) // 64 * 64
+        exact = keys * ((length if refine else length - coded) * 32 + coded * a_key)
         assert exact <= found["index_bytes"] <= exact * 1.1

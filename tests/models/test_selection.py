@@ -48,6 +48,7 @@ def heads_first(x, heads):
 @pytest.mark.parametrize("settings", [
     {}, {"index": "full"}, {"block_size": 16}, {"share_index_keys": True}, {"min_tokens": 30},
     {"top_p": 0.05, "min_tokens": 0}, {"index_bits": 8}, {"index_bits": 4, "index": "full"},
+    {"index_bits": 4, "refine": True}, {"index_bits": 8, "refine": True, "index": "full"},
 ], ids=lambda s: "-".join(map(str, s.values())) or "default")  # fmt: skip
 def test_decode_of_the_first_layer(settings):
     """The operators' references, fed from the model's own projections, give o_proj's input."""
@@ -77,8 +78,9 @@ def test_decode_of_the_first_layer(settings):
     )
     stored = dict(k_index=k_index.half())
     if chosen.index_bits < 16:  # all but the last token is settled
-        far, stored["k_index"] = stored["k_index"].split([64, 26], 2)
+        far, tail = stored["k_index"].split([64, 26], 2)
         stored["codes"], stored["ranges"] = reference.quantize_index(far, chosen.index_bits)
+        stored |= dict(refine=True) if chosen.refine else dict(k_index=tail)
     indices, counts, mass = reference.select(
         q_index.half(), index_map=index.index_map, p=chosen.top_p, window=chosen.near_window,
         sinks=SINKS, min_tokens=chosen.min_tokens, block_size=chosen.block_size,

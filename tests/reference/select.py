@@ -1,5 +1,6 @@
 """Scoring and top-p over the far keys, or blocks of them, of every query row."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,11 +37,16 @@ def select(
     exact: bool = True,
     codes: Tensor | None = None,
     ranges: Tensor | None = None,
+    refine: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q_index.shape
+    every = k_index
+    if refine:
+        k_index = k_index[:, :, codes.shape[2] :]
     k_index = all_keys(k_index, codes, ranges)
     keys = k_index.shape[2]
     logits = index_logits(q_index, k_index, index_map, offset)
+    exact = index_logits(q_index, every, index_map, offset) if refine else None
     positions = last_positions(rows, keys, batch)
     is_near = near(positions, keys, start, window, sinks)
     is_far = visible(positions, keys, start) & ~is_near
@@ -58,11 +64,33 @@ def select(
             for row in range(rows):
                 scores = block_scores(logits[b, j, row], is_far[b, row], block_size)
                 chosen, share = top_p_row(scores, p, floor, float(forced[b, j, row]))
+                if exact is not None and p < 1 and not math.isnan(share):
+                    chosen, share = refined_row(
+                        scores, exact[b, j, row], p, floor, float(forced[b, j, row]), len(chosen)
+                    )
                 mass[b, j, row] = share
                 counts[b, j, row] = len(chosen) if len(chosen) <= columns else -1
                 if len(chosen) <= columns:
                     indices[b, j, row, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     return indices, counts, mass
+
+
+def refined_row(
+    scores: Tensor, exact: Tensor, p: float, floor: int, forced: float, count: int
+) -> tuple[list[int], float]:
+    """The choice by exact logits among the 2 `count` best by scores."""
+    again, left_out = scored_again(scores, exact, count)
+    return top_p_row(again, p, floor, forced, left_out)
+
+
+def scored_again(scores: Tensor, exact: Tensor, count: int) -> tuple[Tensor, float]:
+    """Exact logits of the 2 `count` best, -inf for others, and the log-mass of those by scores."""
+    best = scores.argsort(descending=True, stable=True)[: 2 * count]
+    again = torch.full_like(scores, -torch.inf)
+    again[best] = exact[best]
+    again[scores == -torch.inf] = -torch.inf
+    rest = scores.index_fill(0, best, -torch.inf)
+    return again, float(log_sum_exp(rest, rest > -torch.inf))
 
 
 def block_scores(logits: Tensor, seen: Tensor, block_size: int) -> Tensor:

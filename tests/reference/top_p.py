@@ -7,17 +7,20 @@ from torch import Tensor
 
 
 def top_p_row(
-    scores: Tensor, p: float, min_members: int, forced_lse: float
+    scores: Tensor, p: float, min_members: int, forced_lse: float, left_out_lse: float = -math.inf
 ) -> tuple[list[int], float]:
-    """Selected positions of one row, ascending, and the recovered share."""
+    """Selected positions of one row, ascending, and the recovered share.
+
+    A mass of exp(left_out_lse) counts in the whole and cannot be selected.
+    """
     candidates = [n for n, score in enumerate(scores.tolist()) if score != -math.inf]
-    values = torch.cat([scores[candidates], scores.new_tensor([forced_lse])])
+    values = torch.cat([scores[candidates], scores.new_tensor([forced_lse, left_out_lse])])
     if values.isnan().any() or (values == math.inf).any():
         return candidates, math.nan
     if values.max() == -math.inf:
         return [], 1.0
     weights = (values - values.max()).exp()
-    forced, total = weights[-1].item(), weights.sum().item()
+    forced, total = weights[-2].item(), weights.sum().item()
     order = scores[candidates].argsort(descending=True, stable=True).tolist()
     chosen: list[int] = []
     mass = forced

@@ -25,9 +25,12 @@ at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
 /// Checks the quantised keys of q_index and k_index; returns how many there are.
 int64_t check_quantised(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                         const Quantised& quantised) {
-  const auto& [codes, ranges] = quantised;
+  const auto& [codes, ranges, refine] = quantised;
   TORCH_CHECK_VALUE(codes.has_value() == ranges.has_value(), "rtpurbo::", op,
                     ": codes and ranges must come together, as quantize_index returns them");
+  TORCH_CHECK_VALUE(codes || !refine, "rtpurbo::", op,
+                    ": refine needs codes and ranges of quantize_index, got none; leave it out for "
+                    "keys that are not quantised");
   if (!codes) return 0;
   const int64_t dim = k_index.size(3);
   check_dtype(op, "codes", *codes, at::kByte);
@@ -44,10 +47,22 @@ int64_t check_quantised(const char* op, const at::Tensor& q_index, const at::Ten
   check_tensor(op, "ranges", *ranges, "[B, Rk, Q / 64, 2 r]",
                {k_index.size(0), k_index.size(1), coded / kIndexBlock, 2 * dim});
   check_device(op, "ranges", *ranges, "q_index", q_index);
+  if (refine) {
+    TORCH_CHECK_VALUE(k_index.size(2) >= coded, "rtpurbo::", op,
+                      ": k_index must with refine hold all N keys, the ", coded,
+                      " of codes too, got ", k_index.size(2));
+    return coded;
+  }
   TORCH_CHECK_VALUE(k_index.size(2) + coded <= INT32_MAX, "rtpurbo::", op,
                     ": k_index and codes must have N <= 2^31 - 1 keys, got ",
                     k_index.size(2) + coded);
   return coded;
+}
+
+/// The view without its first `count` rows.
+HeadsView skip_rows(HeadsView view, int64_t count, int64_t element_size) {
+  view.ptr = static_cast<char*>(view.ptr) + count * view.row_stride * element_size;
+  return view;
 }
 
 const void* data_or_null(const at::Tensor& tensor) {
@@ -123,7 +138,11 @@ IndexArguments::IndexArguments(const char* op, const at::Tensor& q_index, const 
                                const std::optional<at::Tensor>& start, const Quantised& quantised) {
   check_index(op, q_index, k_index, index_map);
   const int64_t coded = check_quantised(op, q_index, k_index, quantised);
-  const int64_t keys = coded + k_index.size(2);
+  const int64_t of_both = quantised.refine ? coded : 0;  // keys of codes that k_index holds, too
+  const int64_t keys = coded + k_index.size(2) - of_both;
+  TORCH_CHECK_VALUE(!quantised.refine || block_size == 1, "rtpurbo::", op,
+                    ": block_size must be 1 with refine, which scores single keys again, got ",
+                    block_size);
   TORCH_CHECK_VALUE(keys >= q_index.size(2), "rtpurbo::", op,
                     ": k_index must hold at least the keys of the ", q_index.size(2),
                     " query rows, got N = ", keys);
@@ -136,12 +155,13 @@ IndexArguments::IndexArguments(const char* op, const at::Tensor& q_index, const 
              .k_dtype = k_index.scalar_type(),
              .accum = accum,
              .q_index = heads_view(q_index),
-             .k_index = heads_view(k_index),
+             .k_index = skip_rows(heads_view(k_index), of_both, k_index.element_size()),
              .codes = quantised.codes ? heads_view(*quantised.codes) : HeadsView{},
              .ranges = quantised.ranges ? heads_view(*quantised.ranges) : HeadsView{},
              // A single dimension's 4-bit codes have empty upper halves: they read as 8-bit ones.
              .code_bits = quantised.codes && quantised.codes->size(3) == q_index.size(3) ? 8 : 4,
              .coded = coded,
+             .refine = quantised.refine,
              .index_map = index_map.data(),
              .near_lse_ptr = data_or_null(near_lse_),
              .offset_ptr = data_or_null(offset_),

@@ -27,10 +27,12 @@ void check_selection(const char* op, double p, int64_t min_tokens, int64_t block
 /// min_tokens in members, rounded up.
 int64_t min_members(int64_t min_tokens, int64_t block_size);
 
-/// Index keys before those of k_index, as quantize_index makes them; both or neither.
+/// Index keys before those of k_index, as quantize_index makes them; both or neither. With `refine`
+/// k_index holds all keys, the quantised ones too.
 struct Quantised {
   const std::optional<at::Tensor>& codes;
   const std::optional<at::Tensor>& ranges;
+  bool refine = false;
 };
 
 /// All keys [B, Rk, N, r], those of the codes first: half where k_index [B, Rk, N - Q, r] is, which
