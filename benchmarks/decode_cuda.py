@@ -1,12 +1,14 @@
 """One decoded token of a layer on the GPU: `sparse_decode` against dense SDPA, and its three parts.
 
 The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
-Inputs rotate, so that little of a window is still in the L2 cache; times are of graph replays.
+Inputs rotate, so that from 8K keys on little of a window is still in the L2 cache; times are of
+graph replays.
 Kernels of other projects join in where they are installed (`benchmarks/peers`): they attend to the
 same tokens and choose none, which makes `attend` their like.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.peers.decode import decode_peers
-from benchmarks.registry import Case, Wanted, benchmark
+from benchmarks.registry import Case, Wanted, benchmark, in_turn
 from rtpurbo import ops
 from rtpurbo.attention import fewest_to_select_from
 
@@ -80,7 +82,7 @@ class Step:
         """Whether a model would select, rather than read all far keys."""
         batch, _, keys, _ = self.k.shape
         read = len(set(self.owners)) * ROW
-        scanned = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
+        scanned = len(self.retrieval) * (INDEX_DIM * self.bits // 8)
         fewest = fewest_to_select_from(batch, len(self.retrieval), read, scanned)
         return keys - WINDOW - SINKS >= fewest
 
@@ -92,7 +94,7 @@ class Step:
         return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
 
     def bytes(self, part: str) -> int:
-        """Keys, values and index keys that a part must read once."""
+        """Keys, values and index keys that a part must read; each list counts for itself."""
         batch, _, keys, _ = self.k.shape
         near, owners = min(keys, WINDOW + SINKS), len(set(self.owners))
         index = self.coded.values() or [self.k_index[:, :, near:]]
@@ -136,16 +138,14 @@ PARTS = {
 }
 
 
-def all_of(steps: list[Step], call: Callable[[Step], object]) -> Callable[[], object]:
-    return lambda: [call(step) for step in steps]
-
-
 def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
     """By part."""
-    runs = {name: all_of(steps, lambda step, b=b: step.dense(b)) for name, b in BASELINES.items()}
+    runs = {
+        name: in_turn([partial(step.dense, b) for step in steps]) for name, b in BASELINES.items()
+    }
     if steps[0].k.shape[2] <= WINDOW + SINKS:
         return {"step": runs}
-    runs["fixed blocks of 16"] = all_of(steps, Step.fixed_blocks)
+    runs["fixed blocks of 16"] = in_turn([step.fixed_blocks for step in steps])
     peers = decode_peers(steps, WINDOW, SINKS)
     return {"step": {**runs, **peers}, "sparse_decode": {**peers}, "attend": {**peers}}
 
@@ -188,7 +188,7 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
         for part in chosen:
             yield Case(
                 parameters=parameters[part],
-                run=all_of(steps, PARTS[part]),
+                run=in_turn([partial(PARTS[part], step) for step in steps]),
                 baselines=against.get(part, {}),
                 bytes=steps[0].bytes(part),
                 rounds=len(steps),

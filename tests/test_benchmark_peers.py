@@ -194,12 +194,12 @@ def test_a_peer_that_is_not_there_is_a_note(prefill, monkeypatch):
 
 def test_a_peer_that_computes_something_else_is_not_timed(prefill):
     problem = windowed(prefill, [], WINDOW)
-    answers = {len(problem.q): prefill.attend([], WINDOW)}
+    out = prefill.attend([], WINDOW)
     solved = []
 
     def solve(asked):
         solved.append(asked)
-        return lambda: answers[len(asked.q)]
+        return lambda: out
 
     peer = Peer(solve, lambda: problem, lambda: [problem, problem])
     assert len(peer()) == 2 and len(solved) == 3
@@ -208,6 +208,8 @@ def test_a_peer_that_computes_something_else_is_not_timed(prefill):
     wrong = Windows(problem.q, problem.k, problem.v, [WINDOW - 20] * 4, SINKS)
     with pytest.raises(PeerError, match="differs from SDPA"):
         Peer(solve, lambda: wrong, lambda: [problem])()
+    with pytest.raises(PeerError, match=r"differs from SDPA by 0\.1"):
+        Peer(lambda _: lambda: out * 1.1, lambda: problem, lambda: [problem])()
     with pytest.raises(PeerError, match="differs from SDPA"):
         Peer(solve, lambda: problem, lambda: [problem, wrong])()
 

@@ -109,6 +109,19 @@ def test_a_baseline_that_cannot_run_is_noted(monkeypatch):
         measure.measure([Case({}, fails, {})], 1)
 
 
+def test_seconds_are_of_a_round(monkeypatch):
+    runs, _ = clocked(monkeypatch, {"a": 4e-5})
+    (row,) = measure.measure([Case({}, runs["a"], {}, rounds=4, device="cuda")], 1)
+    assert row["seconds"] == row["eager_seconds"]["ours"] == 1e-5
+
+
+def test_a_copy_reads_and_writes(monkeypatch):
+    cuda = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: cuda(8, dtype=dtype))
+    monkeypatch.setattr(measure, "cuda_seconds", lambda run: run() is None or 2.0)
+    assert measure.copy_rate.__wrapped__() == 8.0
+
+
 @pytest.mark.parametrize(
     "seconds, timed, ran", [(20.0, 2, 3), (0.6, 2, 3), (0.3, 3, 4), (0.1, 10, 17), (1e-5, 30, 37)]
 )

@@ -16,8 +16,9 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 wait
 status=0
-for log in "$logs"/*.log; do
-  printf '%s: %s\n' "$(basename "$log" .log)" "$(tail -2 "$log" | tr '\n' ' ')"
+for tool in memcheck racecheck initcheck synccheck; do
+  log="$logs/$tool.log"
+  printf '%s: %s\n' "$tool" "$(tail -2 "$log" | tr '\n' ' ')"
   [ "$(tail -1 "$log")" = "exit status 0" ] || status=1
 done
 exit $status

@@ -61,19 +61,10 @@ template <typename T>
 cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 grid,
                           cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    const auto aligned = [](const HeadsView& view) { return rows_are_aligned(view, sizeof(T)); };
-    if (aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.k_local) && aligned(p.v_local)) {
-      switch (p.dim) {
-        case 64:
-          if (!tile_fits<64>()) break;
-          return launch_mma<T, 64>(p, partials, grid, stream);
-        case 128:
-          if (!tile_fits<128>()) break;
-          return launch_mma<T, 128>(p, partials, grid, stream);
-        case 256:
-          if (!tile_fits<256>()) break;
-          return launch_mma<T, 256>(p, partials, grid, stream);
-      }
+    if (shares_loads(p)) {
+      if (p.dim == 64) return launch_mma<T, 64>(p, partials, grid, stream);
+      if (p.dim == 128) return launch_mma<T, 128>(p, partials, grid, stream);
+      return launch_mma<T, 256>(p, partials, grid, stream);
     }
   }
   decode_simt_kernel<T><<<grid, 32 * kSimtWarps, 0, stream>>>(p, partials);
@@ -81,6 +72,16 @@ cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 
 }
 
 }  // namespace
+
+bool shares_loads(const DecodeParams& p) {
+  constexpr int64_t kSize = 2;
+  if (p.type == ElementType::kFloat32) return false;
+  for (const HeadsView& view : {p.q, p.k, p.v, p.k_local, p.v_local}) {
+    if (!rows_are_aligned(view, kSize)) return false;
+  }
+  return (p.dim == 64 && tile_fits<64>()) || (p.dim == 128 && tile_fits<128>()) ||
+         (p.dim == 256 && tile_fits<256>());
+}
 
 int decode_splits(const DecodeParams& params, int sm_count) {
   constexpr int64_t kTile = kTileKeys * kWarps;
@@ -100,10 +101,12 @@ size_t decode_workspace(const DecodeParams& params) {
 
 cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStream_t stream) {
   constexpr int64_t kMaxGridZ = 65535;
-  char* base = static_cast<char*>(workspace);
   const int64_t total = params.batch;
-  const Partials all{reinterpret_cast<float*>(base + stats_bytes(params)),
-                     reinterpret_cast<float2*>(base)};
+  Partials all{};
+  if (!params.has_whole_heads()) {
+    char* base = static_cast<char*>(workspace);
+    all = {reinterpret_cast<float*>(base + stats_bytes(params)), reinterpret_cast<float2*>(base)};
+  }
   for (int64_t first = 0; first < total; first += kMaxGridZ) {
     DecodeParams p = params;
     p.batch = std::min(kMaxGridZ, total - first);

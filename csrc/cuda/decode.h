@@ -52,6 +52,9 @@ struct DecodeParams {
   __host__ __device__ bool has_whole_heads() const { return splits == 1 && slots_count == heads; }
 };
 
+/// Whether the heads of a set share their loads: on the tensor cores of the current device.
+bool shares_loads(const DecodeParams& params);
+
 /// Splits that fill the device without leaving a block less than a tile of keys.
 int decode_splits(const DecodeParams& params, int sm_count);
 

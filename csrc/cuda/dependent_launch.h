@@ -5,17 +5,14 @@
 
 namespace rtpurbo::cuda {
 
-/// Launches a kernel whose blocks may start before the kernel ahead of it has ended, where the
-/// device can do so (sm_90); it calls ptx::await_previous_kernel before it reads.
+/// Launches a kernel whose blocks may start before the kernel ahead of it has ended, where it was
+/// compiled for that (sm_90); it calls ptx::await_previous_kernel before it reads.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads,
                              cudaStream_t stream, Arguments&&... arguments) {
-  int device, major;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) {
-    return error;
-  }
+  // Of its source, which matters where the driver compiled it: earlier code does not wait.
+  cudaFuncAttributes code{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&code, kernel)) return error;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -24,7 +21,7 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threa
   config.blockDim = dim3(threads);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 

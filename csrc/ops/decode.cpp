@@ -43,9 +43,9 @@ Result decode_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   const DecodeArguments arguments(kOp, indices.has_value(), q, k, v, retrieval_heads, window,
                                   near_window, sinks, scale, indices, counts, block_size, k_local,
                                   v_local, start, length);
+  const c10::cuda::CUDAGuard guard(q.device());
   cuda::DecodeParams params = cuda::decode_params(kOp, arguments.params());
   if (q.size(0) == 0) return arguments.result();
-  const c10::cuda::CUDAGuard guard(q.device());
   params.splits = cuda::decode_splits(params, cuda::multiprocessors());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(cuda::decode_workspace(params))},
                                          q.options().dtype(at::kByte));

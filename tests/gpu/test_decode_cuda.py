@@ -96,6 +96,43 @@ def test_local_heads_beside_heads_that_read_every_key(seed, dim, dtype, poison, 
     torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("retrieving", [1, 7, 8, 9, 12, 15, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sixteen_heads_of_a_kv_head_of_which_some_read_every_key(dtype, retrieving, cuda_device):
+    """Local heads fill the last set of those that read all; the rest have sets of their own."""
+    torch.manual_seed(retrieving)
+    q = torch.randn(2, 16, 1, 64).to(dtype)
+    k, v = (torch.randn(2, 1, 1000, 64).to(dtype) for _ in "kv")
+    rest = list(range(16 - retrieving, 16)), 100, 100, 3, 0.125
+    start = torch.tensor([0, 950])
+    exact, exact_lse = reference.decode(q, k, v, *rest, start=start)
+    low, _ = reference.decode(q, k, v, *rest, start=start, compute=dtype)
+    out, lse = ops.decode(
+        *(on(cuda_device, x) for x in (q, k, v)), *rest, start=on(cuda_device, start)
+    )
+    assert (out.cpu().double() - exact).abs().max() <= 2 * (low.double() - exact).abs().max() + 1e-5
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch, keys", [(1, 1), (1, 16), (1, 60), (300, 40), (150, 500)])
+@pytest.mark.parametrize("retrieval", [[], [0, 3]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_of_one_part_are_whole(dtype, retrieval, batch, keys, cuda_device):
+    """Few keys or many sequences: nothing is split, and nothing is merged."""
+    torch.manual_seed(batch + keys)
+    q = torch.randn(batch, 4, 1, 128).to(dtype)
+    k, v = (torch.randn(batch, 2, keys, 128).to(dtype) for _ in "kv")
+    rest = retrieval, 30, 30, 2, 0.1
+    start = torch.randint(0, keys + 1, (batch,))  # the last see nothing
+    exact, exact_lse = reference.decode(q, k, v, *rest, start=start)
+    low, _ = reference.decode(q, k, v, *rest, start=start, compute=dtype)
+    out, lse = ops.decode(
+        *(on(cuda_device, x) for x in (q, k, v)), *rest, start=on(cuda_device, start)
+    )
+    assert (out.cpu().double() - exact).abs().max() <= 2 * (low.double() - exact).abs().max() + 1e-5
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
+
+
 def test_twenty_runs_give_the_same_bits(cuda_device):
     torch.manual_seed(0)
     q = torch.randn(1, 32, 1, 128, device=cuda_device, dtype=torch.bfloat16)

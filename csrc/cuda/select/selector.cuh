@@ -62,8 +62,11 @@ class Selector {
         if (p.near_is_scored) shared.near = LogSum{stats.near_shift, stats.near_sum}.log();
       }
     } else if (threadIdx.x < 64 && !p.near_is_scored) {
-      float near = row.position < row.start ? -INFINITY : near_log_mass();
-      if (p.offset_ptr) near -= p.offset_ptr[row.head];
+      float near = -INFINITY;
+      if (row.position >= row.start) {
+        near = near_log_mass();
+        if (p.offset_ptr) near -= p.offset_ptr[row.head];
+      }
       if (threadIdx.x == 32) shared.near = near;
     }
     __syncthreads();

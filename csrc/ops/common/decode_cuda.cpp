@@ -32,10 +32,12 @@ void add_sets(DecodeParams& params, DecodeSet set, at::IntArrayRef heads, size_t
 }
 
 /// The CPU's sets, with the near keys of listed heads as sets of their own: all heads of a KV head
-/// whose windows are equal load them together. Local heads join a set that loads every key.
+/// whose windows are equal load them together. Where that spares loads, local heads join a set that
+/// reads every key.
 void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
   for (auto& slots : params.head_slots) std::fill(std::begin(slots), std::end(slots), -1);
   const bool one_window = params.window == params.near_window;
+  const bool joins = shares_loads(params);
   for (size_t i = 0; i < sets.size();) {
     const int64_t kv_head = sets[i].kv_head;
     const bool from_local = sets[i].from_local;
@@ -55,7 +57,7 @@ void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
         near.insert(near.end(), heads.begin(), heads.end());
       }
     }
-    const size_t room = (kMost - visible.size() % kMost) % kMost;
+    const size_t room = joins ? (kMost - visible.size() % kMost) % kMost : 0;
     const auto joining = static_cast<std::ptrdiff_t>(std::min(room, near.size()));
     visible.insert(visible.end(), near.end() - joining, near.end());
     near.resize(near.size() - joining);
