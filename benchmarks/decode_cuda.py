@@ -12,9 +12,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks.dense import BACKENDS, dense
 from benchmarks.peers.decode import decode_peers
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 from rtpurbo import ops
@@ -82,8 +81,8 @@ class Step:
         """Whether a model would select, rather than read all far keys."""
         batch, _, keys, _ = self.k.shape
         read = len(set(self.owners)) * ROW
-        scanned = len(self.retrieval) * (INDEX_DIM * self.bits // 8)
-        fewest = fewest_to_select_from(batch, len(self.retrieval), read, scanned)
+        index_key = INDEX_DIM * self.bits // 8
+        fewest = fewest_to_select_from(batch, len(self.retrieval), read, index_key)
         return keys - WINDOW - SINKS >= fewest
 
     def whole(self) -> Tensor:
@@ -123,12 +122,7 @@ class Step:
             1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=16, **self.coded,
         )[0]  # fmt: skip
 
-    def dense(self, backend: SDPBackend) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(self.q, self.k, self.v, enable_gqa=True)
 
-
-BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 PARTS = {
     "step": Step.whole,
     "sparse_decode": Step.select_and_attend,
@@ -141,7 +135,8 @@ PARTS = {
 def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
     """By part."""
     runs = {
-        name: in_turn([partial(step.dense, b) for step in steps]) for name, b in BASELINES.items()
+        name: in_turn([partial(dense, b, step.q, step.k, step.v) for step in steps])
+        for name, b in BACKENDS.items()
     }
     if steps[0].k.shape[2] <= WINDOW + SINKS:
         return {"step": runs}

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import rtpurbo
 from benchmarks import real_lists
-from benchmarks.decode_cuda import BASELINES, DIM, HEADS, KV_HEADS, RETRIEVAL
+from benchmarks.decode_cuda import DIM, HEADS, KV_HEADS, RETRIEVAL
+from benchmarks.dense import BACKENDS, dense
 from benchmarks.recorded import Call, recorded, selection_facts, texts
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 from rtpurbo import HeadMap, RTPurboConfig
@@ -62,17 +61,12 @@ def draw(heads: int, kv_heads: int, dim: int, keys: int, device: str) -> QKV:
     return q, k, v
 
 
-def dense(backend: SDPBackend, qkv: QKV) -> Tensor:
-    with sdpa_kernel(backend):
-        return sdpa(*qkv, enable_gqa=True)
-
-
 def step_cases(
     chosen: list[dict[str, Any]], steps: dict[int, Steps], layers: list[int], inputs: list[QKV]
 ) -> list[Case]:
     """`inputs`: one of each layer for the dense baselines, and at least one of each text."""
     one, every = (
-        {name: in_turn([partial(dense, b, qkv) for qkv in some]) for name, b in BASELINES.items()}
+        {name: in_turn([partial(dense, b, *qkv) for qkv in some]) for name, b in BACKENDS.items()}
         for some in (inputs[:ROUNDS], inputs[: len(layers)] * ROUNDS)
     )
     cases = []

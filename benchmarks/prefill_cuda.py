@@ -21,9 +21,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from benchmarks.attention import LAYERS, Layer
+from benchmarks.dense import BACKENDS, dense
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.peers.prefill import listed_peers, windowed_peers
 from benchmarks.prefill_layer import SINKS, Prefill
@@ -40,7 +40,6 @@ SMALL_DENSITY = 0.19  # what that model needs at 32K
 PARTS_AT = (131_072, 1 << 20)
 LISTS, LISTS_UP_TO = (0.05, 0.12, 0.3), 131_072
 FLEX_UP_TO = 131_072
-BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 LAYER_GOALS = {
     32768: 2.83, 65536: 4.25, 131_072: 5.92, 262_144: 7.47, 524_288: 8.62, 1 << 20: 9.36,
@@ -95,18 +94,18 @@ def goals(layer: Layer, parameters: dict[str, Any]) -> dict[str, float]:
     return {}
 
 
-def case_of(prefill: Prefill, parameters: dict[str, Any], dense: dict[str, Run]) -> Case:
+def case_of(prefill: Prefill, parameters: dict[str, Any], causal: dict[str, Run]) -> Case:
     layer, keys, mode = prefill.layer, prefill.keys, parameters["mode"]
     window = parameters.get("window", 1)  # of dense and listed heads: none
     every = list(range(layer.heads))
     heads = {"near": [], "dense": every, "lists": every}.get(mode, prefill.retrieval)
-    baselines, listed = dense, dense_pairs(keys)
+    baselines, listed = causal, dense_pairs(keys)
     run: Run
     if mode in ("near", "dense", "layer"):
         run = partial(prefill.attend, heads, window)
         if keys <= FLEX_UP_TO:
             flex = {} if mode == "dense" else {"flex": prefill.flex(heads, window)}
-            baselines = {**dense, **flex, **windowed_peers(prefill, heads, window)}
+            baselines = {**causal, **flex, **windowed_peers(prefill, heads, window)}
     elif "density" in parameters:
         plan = ListPlan(keys, window, SINKS, float(parameters["density"]))
         listed, lists = plan.pairs, plan.draw(len(heads), prefill.device)
@@ -115,7 +114,7 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], dense: dict[str, Run])
         else:
             run = partial(prefill.attend, heads, window, lists)
         if mode == "lists":
-            baselines = {**dense, **listed_peers(prefill, lists)}
+            baselines = {**causal, **listed_peers(prefill, lists)}
     elif mode == "near_lse":
         run = partial(prefill.near_lse, window)
     else:
@@ -137,10 +136,11 @@ def cases_at(
 ) -> list[Case]:
     """They share the tensors and the dense baselines, by far the slowest runs."""
     prefill = Prefill(layer, keys, device)
-    dense: dict[str, Run] = {
-        name: partial(prefill.dense, backend) for name, backend in BASELINES.items()
+    causal: dict[str, Run] = {
+        name: partial(dense, backend, prefill.q, prefill.k, prefill.v, is_causal=True)
+        for name, backend in BACKENDS.items()
     }
-    return [case_of(prefill, parameters, dense) for parameters in chosen]
+    return [case_of(prefill, parameters, causal) for parameters in chosen]
 
 
 @benchmark

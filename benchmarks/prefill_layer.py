@@ -5,8 +5,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.attention import Layer
 from benchmarks.flex import Flex
@@ -37,10 +35,6 @@ class Prefill:
     @cached_property
     def threshold(self) -> Tensor:
         return torch.full((len(self.retrieval),), THRESHOLD, device=self.device)
-
-    def dense(self, backend: SDPBackend) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(self.q, self.k, self.v, is_causal=True, enable_gqa=True)
 
     def flex(self, heads: Sequence[int], window: int) -> Flex:
         """The mask of `attend` without lists."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rtpurbo import data, families
 from rtpurbo.cache import RTPurboCache
 from rtpurbo.evaluate.modes import cache_argument
-from rtpurbo.ops.sparse_decode import WORD_KEYS
+from rtpurbo.ops.sparse_decode import unpacked
 
 SPARSE_DECODE = torch.ops.rtpurbo.sparse_decode.default
 
@@ -30,9 +30,7 @@ class Call:
     def far_positions(self) -> list[Tensor]:
         """Ascending positions of the selected keys outside sinks and window, by head."""
         keys = self.arguments["k"].shape[2]
-        shifts = torch.arange(WORD_KEYS, device=self.selected.device)
-        bits = (self.selected[0, :, 0, :, None] >> shifts & 1).flatten(1)
-        far = bits[:, : keys - self.arguments["near_window"]].bool()
+        far = unpacked(self.selected[0, :, 0], keys - self.arguments["near_window"])
         far[:, : self.arguments["sinks"]] = False
         return [head.nonzero()[:, 0] for head in far]
 

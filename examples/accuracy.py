@@ -141,10 +141,16 @@ def distil(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(content, indent=2, default=str))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With the folders of the results and of the downloaded model."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output", type=Path, default=Path("out/accuracy"))
     parser.add_argument("--gguf", type=Path, default=Path("out/smollm2"))
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(required=True)
     for name, run in (("index", sparse_model), ("needles", needles)):
         first = commands.add_parser(name)

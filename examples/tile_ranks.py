@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import show, sparse_model
+from accuracy import parser_of, show, sparse_model
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -265,9 +265,7 @@ def needles(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("out/accuracy"))
-    parser.add_argument("--gguf", type=Path, default=Path("out/smollm2"))
+    parser = parser_of(__doc__)
     commands = parser.add_subparsers(required=True)
     for name, run in (("tiles", tiles), ("needles", needles)):
         command = commands.add_parser(name)

@@ -243,16 +243,16 @@ def _select_from(context: LayerContext, q: Tensor) -> int:
         return 1
     batch, _, _, dim = q.shape
     read = len(context.full_kv_heads) * 2 * dim * q.element_size()
-    scanned = len(context.heads) * (config.index_dim * config.index_bits // 8)
-    return fewest_to_select_from(batch, len(context.heads), read, scanned)
+    index_key = config.index_dim * config.index_bits // 8
+    return fewest_to_select_from(batch, len(context.heads), read, index_key)
 
 
-def fewest_to_select_from(batch: int, heads: int, read: int, scanned: int) -> int:
+def fewest_to_select_from(batch: int, heads: int, read: int, index_key: int) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
-    `read` and `scanned`: bytes a far key of keys and values, and of index keys.
+    `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans.
     """
-    spared = batch * (read - scanned - heads * SCORE_BYTES)
+    spared = batch * (read - heads * (index_key + SCORE_BYTES))
     return SPARED_BYTES // spared + 1 if spared > 0 else sys.maxsize
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rtpurbo import ops
 from rtpurbo.attention import TILE, TILE_BLOCK
 from rtpurbo.context import LastForward, LayerContext, state
-from rtpurbo.ops.sparse_decode import WORD_KEYS
+from rtpurbo.ops.sparse_decode import unpacked
 
 _SAMPLED_TILES = 8
 
@@ -147,16 +147,10 @@ def _attended(context: LayerContext, last: LastForward, rows: Tensor) -> tuple[T
 def _decoded(last: LastForward) -> Tensor | None:
     """bool [B, R, N]: what a decode step selected; None where it selected nothing."""
     if last.selected is not None:
-        return _selected(last.selected[:, :, 0], last.keys)
+        return unpacked(last.selected[:, :, 0].cpu(), last.keys)
     if last.tokens is not None and last.counts is not None:
         return _listed(last.tokens[:, :, 0], last.counts[:, :, 0], last.keys, block_size=1)
     return None
-
-
-def _selected(words: Tensor, keys: int) -> Tensor:
-    """bool [B, R, N] from the bits of int64 [B, R, ceil(N / 64)]."""
-    bits = words.cpu()[..., None] >> torch.arange(WORD_KEYS) & 1
-    return bits.flatten(-2)[..., :keys].bool()
 
 
 def _listed(indices: Tensor, counts: Tensor, keys: int, block_size: int) -> Tensor:

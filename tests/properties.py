@@ -8,6 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.reference.masks import last_positions, near, visible
+from tests.reference.softmax import log_sum_exp
+
 ROUNDING = 2e-5  # of a share of the mass, or of a logit near 1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -144,6 +147,21 @@ def selections(draw: st.DrawFn, max_rows: int = 6, max_keys: int = 300) -> dict:
         near_lse = torch.randn(batch, len(index_map), rows, generator=generator) * 3
         arguments["near_lse"] = near_lse + math.log(keys)
     return arguments
+
+
+def seen_near_and_forced(arguments: dict, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a selection's rows: keys that they see, those that are near, [B, M, N], and the near mass.
+
+    The mass is [B, R, M] in log; logits are those of the index, [B, R, M, N].
+    """
+    batch, _, rows, keys = logits.shape
+    positions, start = last_positions(rows, keys, batch), arguments["start"]
+    seen = visible(positions, keys, start)
+    close = near(positions, keys, start, arguments["window"], arguments["sinks"])
+    forced = arguments.get("near_lse")
+    if forced is None:
+        forced = log_sum_exp(logits, close[:, None].expand_as(logits))
+    return seen, close, forced
 
 
 def check_set(

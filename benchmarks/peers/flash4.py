@@ -25,6 +25,11 @@ def causal() -> Any:
     return causal_mask
 
 
+def output(result: Any) -> Tensor:
+    """[B, H, M, D] of what a call returns, with its log-sum-exp or without."""
+    return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+
 def attention(problem: Lists) -> Callable[[], Tensor]:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
@@ -36,8 +41,9 @@ def attention(problem: Lists) -> Callable[[], Tensor]:
     mask = causal()
 
     def run() -> Tensor:
-        out = flash_attn_func(q, k, v, mask_mod=mask, block_sparse_tensors=blocks, pack_gqa=False)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+        return output(
+            flash_attn_func(q, k, v, mask_mod=mask, block_sparse_tensors=blocks, pack_gqa=False)
+        )
 
     return run
 
@@ -47,8 +53,4 @@ def dense(problem: Windows) -> Callable[[], Tensor]:
 
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
 
-    def run() -> Tensor:
-        out = flash_attn_func(q, k, v, causal=True)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-    return run
+    return lambda: output(flash_attn_func(q, k, v, causal=True))

@@ -12,6 +12,12 @@ from rtpurbo.ops.select import accumulation_dtype as mass_dtype
 WORD_KEYS = 64
 
 
+def unpacked(selected: Tensor, keys: int) -> Tensor:
+    """bool [..., N] from the words [..., ceil(N / 64)] of a mask of keys."""
+    shifts = torch.arange(WORD_KEYS, device=selected.device)
+    return (selected[..., None] >> shifts & 1).flatten(-2)[..., :keys].bool()
+
+
 def sparse_decode(
     q: Tensor,
     k: Tensor,

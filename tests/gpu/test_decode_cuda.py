@@ -69,6 +69,19 @@ def test_decode_matches_the_reference(seed, dim, dtype, cuda_device):
     torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
 
 
+def assert_decodes(arguments, start, device, heads=slice(None), poisoned=None):
+    """`heads` of a step without lists are the reference's, on the keys and values of `poisoned`."""
+    q, k, v, *rest = arguments
+    exact, exact_lse = reference.decode(*arguments, start=start)
+    low, _ = reference.decode(*arguments, start=start, compute=q.dtype)
+    on_device = (on(device, x) for x in (q, *(poisoned or (k, v))))
+    out, lse = ops.decode(*on_device, *rest, start=on(device, start))
+    allowed = 2 * (low.double() - exact).abs().max() + 1e-5
+    assert ((out.cpu().double() - exact)[:, heads].abs() <= allowed).all()
+    got, wanted = lse.cpu().double()[:, heads], exact_lse[:, heads]
+    torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("poison", [None, float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -77,23 +90,16 @@ def test_local_heads_beside_heads_that_read_every_key(seed, dim, dtype, poison, 
     """They share loads, and nothing else: far keys may hold anything for a local head."""
     (q, k, v, retrieval, window, _, sinks, scale), keywords = draw(seed * 5 + dim, dim, dtype)
     start, keys = keywords["start"], k.shape[2]
-    rest = retrieval, window, window, sinks, scale
-    exact, exact_lse = reference.decode(q, k, v, *rest, start=start)
-    low, _ = reference.decode(q, k, v, *rest, start=start, compute=dtype)
-    heads = torch.arange(q.shape[1])
-    if poison is not None:
-        begin = (torch.zeros(len(q), dtype=torch.long) if start is None else start) + sinks
-        n = torch.arange(keys)
-        far = (n >= begin[:, None]) & (n < keys - window)
-        picked = (far & (torch.rand(far.shape) < 0.1))[:, None, :, None]
-        k, v = (x.masked_fill(picked, poison) for x in (k, v))
-        heads = torch.tensor([h for h in range(q.shape[1]) if h not in retrieval]).long()
-    on_cuda = (on(cuda_device, x) for x in (q, k, v))
-    out, lse = ops.decode(*on_cuda, *rest, start=on(cuda_device, start))
-    allowed = 2 * (low.double() - exact).abs().max() + 1e-5
-    assert ((out.cpu().double() - exact)[:, heads].abs() <= allowed).all()
-    got, wanted = lse.cpu().double()[:, heads], exact_lse[:, heads]
-    torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
+    arguments = q, k, v, retrieval, window, window, sinks, scale
+    if poison is None:
+        return assert_decodes(arguments, start, cuda_device)
+    begin = (torch.zeros(len(q), dtype=torch.long) if start is None else start) + sinks
+    n = torch.arange(keys)
+    far = (n >= begin[:, None]) & (n < keys - window)
+    picked = (far & (torch.rand(far.shape) < 0.1))[:, None, :, None]
+    poisoned = tuple(x.masked_fill(picked, poison) for x in (k, v))
+    local = [h for h in range(q.shape[1]) if h not in retrieval]
+    assert_decodes(arguments, start, cuda_device, local, poisoned)
 
 
 @pytest.mark.parametrize("retrieving", [1, 7, 8, 9, 12, 15, 16])
@@ -105,13 +111,7 @@ def test_sixteen_heads_of_a_kv_head_of_which_some_read_every_key(dtype, retrievi
     k, v = (torch.randn(2, 1, 1000, 64).to(dtype) for _ in "kv")
     rest = list(range(16 - retrieving, 16)), 100, 100, 3, 0.125
     start = torch.tensor([0, 950])
-    exact, exact_lse = reference.decode(q, k, v, *rest, start=start)
-    low, _ = reference.decode(q, k, v, *rest, start=start, compute=dtype)
-    out, lse = ops.decode(
-        *(on(cuda_device, x) for x in (q, k, v)), *rest, start=on(cuda_device, start)
-    )
-    assert (out.cpu().double() - exact).abs().max() <= 2 * (low.double() - exact).abs().max() + 1e-5
-    torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
+    assert_decodes((q, k, v, *rest), start, cuda_device)
 
 
 @pytest.mark.parametrize("batch, keys", [(1, 1), (1, 16), (1, 60), (300, 40), (150, 500)])
@@ -124,13 +124,7 @@ def test_heads_of_one_part_are_whole(dtype, retrieval, batch, keys, cuda_device)
     k, v = (torch.randn(batch, 2, keys, 128).to(dtype) for _ in "kv")
     rest = retrieval, 30, 30, 2, 0.1
     start = torch.randint(0, keys + 1, (batch,))  # the last see nothing
-    exact, exact_lse = reference.decode(q, k, v, *rest, start=start)
-    low, _ = reference.decode(q, k, v, *rest, start=start, compute=dtype)
-    out, lse = ops.decode(
-        *(on(cuda_device, x) for x in (q, k, v)), *rest, start=on(cuda_device, start)
-    )
-    assert (out.cpu().double() - exact).abs().max() <= 2 * (low.double() - exact).abs().max() + 1e-5
-    torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
+    assert_decodes((q, k, v, *rest), start, cuda_device)
 
 
 def test_twenty_runs_give_the_same_bits(cuda_device):

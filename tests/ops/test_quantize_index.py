@@ -7,11 +7,9 @@ from hypothesis import strategies as st
 
 from rtpurbo import ops
 from tests import reference
-from tests.properties import check_set, selections
-from tests.reference.masks import last_positions, near, visible
+from tests.properties import check_set, seen_near_and_forced, selections
 from tests.reference.quantize_index import BLOCK, all_keys, dequantize
 from tests.reference.select import block_scores, index_logits
-from tests.reference.softmax import log_sum_exp
 
 BITS = st.sampled_from([4, 8])
 
@@ -115,13 +113,8 @@ def test_sets_are_those_of_the_float64_scores(arguments, bits, blocks, p, min_to
     indices, counts, mass = ops.select(**coded, p=p, min_tokens=min_tokens)
     keys = all_keys(coded["k_index"], coded["codes"], coded["ranges"])
     logits = index_logits(coded["q_index"], keys, coded["index_map"], coded["offset"])
-    batch, heads, rows, length = logits.shape
-    positions = last_positions(rows, length, batch)
-    seen = visible(positions, length, coded["start"])
-    close = near(positions, length, coded["start"], coded["window"], coded["sinks"])
-    forced = coded.get("near_lse")
-    if forced is None:
-        forced = log_sum_exp(logits, close[:, None].expand_as(logits))
+    batch, heads, rows, _ = logits.shape
+    seen, close, forced = seen_near_and_forced(coded, logits)
     for b, j, row in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
         if seen[b, row].any():
             scores = block_scores(logits[b, j, row], (seen & ~close)[b, row], 1)

@@ -8,11 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtpurbo import ops
-from tests.properties import ROUNDING, check_set, selections
-from tests.reference.masks import last_positions, near, visible
+from tests.properties import ROUNDING, check_set, seen_near_and_forced, selections
 from tests.reference.quantize_index import BLOCK, all_keys
 from tests.reference.select import index_logits, scored_again
-from tests.reference.softmax import log_sum_exp
 
 LEAST = 1e-300  # a share that any mass reaches: the floor alone decides
 SHARE = st.floats(0.01, 0.999)
@@ -71,13 +69,8 @@ def test_sets_are_those_of_the_rule(arguments, p, min_tokens, limit):
         index_logits(arguments["q_index"], k, arguments["index_map"], arguments["offset"])
         for k in (keys_by_codes, arguments["k_index"])
     )
-    batch, heads, rows, length = logits.shape
-    positions = last_positions(rows, length, batch)
-    seen = visible(positions, length, arguments["start"])
-    close = near(positions, length, arguments["start"], arguments["window"], arguments["sinks"])
-    forced = arguments.get("near_lse")
-    if forced is None:
-        forced = log_sum_exp(logits, close[:, None].expand_as(logits))
+    batch, heads, rows, _ = logits.shape
+    seen, close, forced = seen_near_and_forced(arguments, logits)
     for b, j, row in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
         count, share = int(counts[b, j, row]), float(mass[b, j, row])
         chosen = indices[b, j, row, :count].tolist()

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rtpurbo import ops
-from tests.properties import check_set, selections
-from tests.reference.masks import last_positions, near, visible
+from tests.properties import check_set, seen_near_and_forced, selections
 from tests.reference.select import block_scores, index_logits
-from tests.reference.softmax import log_sum_exp
 
 
 @given(
@@ -33,19 +31,14 @@ def test_select_sets(arguments, p, min_tokens, block_size, room):
     assert indices.shape[-1] == (capacity or blocks)
 
     logits = index_logits(q_index, k_index, arguments["index_map"], arguments["offset"])
-    positions = last_positions(rows, keys, batch)
-    first, window, sinks = (arguments[name] for name in ("start", "window", "sinks"))
-    close = near(positions, keys, first, window, sinks)
-    far = visible(positions, keys, first) & ~close
-    forced = arguments.get("near_lse")
-    if forced is None:
-        forced = log_sum_exp(logits, close[:, None].expand_as(logits))
+    seen, close, forced = seen_near_and_forced(arguments, logits)
+    far = seen & ~close
     floor = -(-min_tokens // block_size)
     for b in range(batch):
         for j in range(heads):
             for row in range(rows):
                 count = int(counts[b, j, row])
-                if not visible(positions, keys, first)[b, row].any():
+                if not seen[b, row].any():
                     assert count == 0 and (indices[b, j, row] == -1).all()
                     continue
                 if count == -1:

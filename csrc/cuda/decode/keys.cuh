@@ -37,21 +37,17 @@ class SetKeys {
     const int64_t window = near_window ? p.near_window : p.window;
     const int64_t sinks_end = min(start + p.sinks, p.length);
     const int64_t window_begin = max(sinks_end, max(start, p.length - window));
-    if (set.keys == DecodeKeys::kVisible && set.near_heads > 0) {
-      const int64_t near_sinks = sinks_end - start;
-      far_begin_ = sinks_end;
-      far_end_ = window_begin;
-      gap_ = start;
-      far_ = round_up_to_tile(window_begin - sinks_end);
-      sinks_ = far_ + near_sinks;
-      jump_ = window_begin - sinks_end;
-      total_ = sinks_ + p.length - window_begin;
-    } else if (set.keys == DecodeKeys::kVisible) {
+    if (set.keys == DecodeKeys::kVisible && set.near_heads == 0) {
       gap_ = start;
       total_ = p.length - start;
-    } else if (set.keys == DecodeKeys::kNear) {
+    } else if (set.keys != DecodeKeys::kListed) {
+      if (set.keys == DecodeKeys::kVisible) {
+        far_begin_ = sinks_end;
+        far_end_ = window_begin;
+        far_ = round_up_to_tile(window_begin - sinks_end);
+      }
       gap_ = start;
-      sinks_ = sinks_end - start;
+      sinks_ = far_ + sinks_end - start;
       jump_ = window_begin - sinks_end;
       total_ = sinks_ + p.length - window_begin;
     } else {
