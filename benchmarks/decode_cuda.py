@@ -51,6 +51,7 @@ class Step:
         self.q_index = draw(batch, len(retrieval), 1, INDEX_DIM, dtype=torch.float16)
         index_heads = KV_HEADS if shared else len(retrieval)
         self.k_index = draw(batch, index_heads, keys, INDEX_DIM, dtype=torch.float16)
+        self.every_index = self.k_index
         self.coded: dict[str, Tensor] = {}
         if bits < 16:
             far = max(0, keys - WINDOW) // BLOCK * BLOCK
@@ -68,6 +69,14 @@ class Step:
         indices, counts, _ = ops.select(
             self.q_index, self.k_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
             near_lse=self.near, capacity=2 * self.floor, **self.coded,
+        )  # fmt: skip
+        return indices, counts
+
+    def refine(self) -> tuple[Tensor, Tensor]:
+        """`select` with codes, and again among twice as many with all keys in 16 bits."""
+        indices, counts, _ = ops.select(
+            self.q_index, self.every_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
+            near_lse=self.near, capacity=2 * self.floor, **self.coded, refine=True,
         )  # fmt: skip
         return indices, counts
 
@@ -102,6 +111,7 @@ class Step:
         every = {
             "near_lse": batch * owners * near * ROW // 2,
             "select": scan,
+            "refine": scan + batch * len(self.retrieval) * 2 * self.floor * INDEX_DIM * 2,
             "attend": batch * KV_HEADS * near * ROW + listed,
             "dense": batch * (owners * keys + (KV_HEADS - owners) * near) * ROW,
         }
@@ -173,6 +183,8 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
         rounds = 6 if batch * keys <= 524_288 else 3 if batch * keys <= 4_194_304 else 1
         apart = keys in (131_072, 1_048_576) and batch == 1 and "selected" not in shape
         parts = PARTS if apart else {"step": Step.whole}
+        if bits < 16:
+            parts = {**parts, "refine": Step.refine}
         parameters = {part: {"part": part, "selected": SELECTED, **shape} for part in parts}
         chosen = [part for part in parts if wanted(parameters[part])]
         if not chosen:
@@ -183,7 +195,7 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
         for part in chosen:
             yield Case(
                 parameters=parameters[part],
-                run=in_turn([partial(PARTS[part], step) for step in steps]),
+                run=in_turn([partial(parts[part], step) for step in steps]),
                 baselines=against.get(part, {}),
                 bytes=steps[0].bytes(part),
                 rounds=len(steps),

@@ -48,7 +48,6 @@ class RTPurboConfig:
         refine: with index_bits 8 or 4 and block_size 1: decode takes twice the tokens that the
             codes select, scores them again with 16-bit index keys, and selects among them. Those
             keys are kept for all tokens then, so that an index key of r = 16 weighs 49 or 41 bytes.
-            On the CPU so far; CUDA refuses.
     """
 
     heads: HeadMap

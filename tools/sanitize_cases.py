@@ -51,6 +51,16 @@ def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits
         )  # fmt: skip
 
 
+def refine(dim: int, keys: int, near_lse: torch.Tensor | None) -> None:
+    k_index, coded = draw(2, 3, keys, dim, dtype=torch.float16), keys // 2 // 64 * 64
+    codes, ranges = ops.quantize_index(k_index[:, :, :coded], 4)
+    ops.select(
+        draw(2, 3, 1, dim, dtype=torch.float16), k_index, [0, 1, 2], 0.8, 40, 3, 20,
+        near_lse=near_lse, start=torch.tensor([0, keys // 3], device=CUDA), codes=codes,
+        ranges=ranges, refine=True,
+    )  # fmt: skip
+
+
 def prefill(dim: int, dtype: torch.dtype) -> None:
     q, k = draw(1, 4, 70, dim, dtype=dtype), draw(1, 2, 150, dim, dtype=dtype)
     ops.attention(q, k, k, [1, 2], 33, 3, dim**-0.5)
@@ -99,4 +109,7 @@ decode_step(64, torch.bfloat16, 700, 16)
 for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333, 64, 16)):
     dim, keys, block_size, bits = case
     sparse_decode(dim, torch.bfloat16, keys, block_size, bits)
+for dim, keys in ((16, 9000), (16, 333), (24, 700)):
+    for near_lse in (draw(2, 3, 1), None):
+        refine(dim, keys, near_lse)
 torch.cuda.synchronize()

@@ -8,11 +8,11 @@
 namespace rtpurbo::cuda {
 namespace {
 
-template <typename Scorer>
+template <typename Scorer, bool kRefine>
 __global__ __launch_bounds__(kSelectThreads,
                              2) void select_kernel(const __grid_constant__ SelectParams p,
                                                    const __grid_constant__ SelectWorkspace w) {
-  using Stages = Selector<Scorer>;
+  using Stages = Selector<Scorer, kRefine>;
   __shared__ union {
     typename Stages::Shared select;
     Emit::Shared emit;
@@ -56,7 +56,7 @@ __global__ __launch_bounds__(kSelectThreads,
     }
     for (int64_t i = (fits ? count : 0) + own; i < p.capacity; i += all) indices[i] = -1;
     if (!fits) continue;
-    for_each_chosen(selection, members, [&](int i, uint32_t in) {
+    for_each_chosen(selection, members, members.count(), [&](int i, uint32_t in) {
       mark_chosen(members, i, in, static_cast<int>(p.block_size), selected);
       Emit::count(members, i, in, static_cast<int>(p.block_size), chunk_counts);
     });
@@ -66,17 +66,22 @@ __global__ __launch_bounds__(kSelectThreads,
   }
 }
 
-const void* kernel_of(const SelectParams& p) {
+template <bool kRefine>
+const void* kernel_of(ElementType k_type, bool wide) {
   const void* kernel = nullptr;
-  const bool wide = keys_are_wide(p);
-  dispatch_element(p.k_type, [&](auto element) {
+  dispatch_element(k_type, [&](auto element) {
     using TK = decltype(element);
-    kernel =
-        wide ? reinterpret_cast<const void*>(select_kernel<WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>>)
-             : reinterpret_cast<const void*>(select_kernel<AnyScorer<TK>>);
+    using Wide = WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>;
+    kernel = wide ? reinterpret_cast<const void*>(select_kernel<Wide, kRefine>)
+                  : reinterpret_cast<const void*>(select_kernel<AnyScorer<TK>, kRefine>);
     return cudaSuccess;
   });
   return kernel;
+}
+
+const void* kernel_of(const SelectParams& p) {
+  const bool wide = keys_are_wide(p);
+  return p.refine ? kernel_of<true>(p.k_type, wide) : kernel_of<false>(p.k_type, wide);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ struct SelectParams {
   HeadsView codes, ranges;     // of keys [0, coded), as quantize_index makes them
   int64_t coded;
   int code_bits;              // 4 or 8
+  bool refine;                // k_index goes on before its first row, down to key 0; select only
   HeadList index_map;         // key head of each query head
   bool near_is_scored;        // form `full`: the near keys' mass is that of their scores
   const float* near_lse_ptr;  // [B, heads, rows], or null

@@ -62,9 +62,6 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
   TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
   const IndexArguments arguments(kOp, q_index, k_index, index_map, window, sinks, block_size,
                                  near_lse, offset, start, {codes, ranges, refine});
-  TORCH_CHECK_NOT_IMPLEMENTED(!refine,
-                              "rtpurbo::select: no CUDA kernel with refine yet; run on the CPU, or "
-                              "without it (RTPurboConfig(refine=False))");
   const cpu::IndexParams& in = arguments.params();
   const int64_t room = arguments.room(capacity);
   const Result result = allocate(q_index, at::kFloat, room);

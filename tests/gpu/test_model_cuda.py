@@ -7,12 +7,14 @@ import rtpurbo
 from rtpurbo.patching import state
 from tests.models.tiny import config, in_pieces, padded, tiny
 
-# float32 goes through near_lse, select and decode; 16 bits, D = 64 and r = 16 through one launch.
+# float32, and refine, go through near_lse, select and decode; 16 bits, D = 64 and r = 16 through
+# one launch.
 KINDS = {"float32": {}, "bfloat16": {"head_dim": 64}}
 SETTINGS = [
     {}, {"index": "full"}, {"block_size": 16}, {"index_bits": 4},
     {"index_bits": 8, "index": "full"}, {"prefill": "sparse"},
-    {"prefill": "sparse", "index_bits": 4},
+    {"prefill": "sparse", "index_bits": 4}, {"index_bits": 4, "refine": True},
+    {"index_bits": 8, "refine": True, "index": "full"},
 ]  # fmt: skip
 
 

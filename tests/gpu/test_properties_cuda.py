@@ -6,6 +6,7 @@ import torch
 from rtpurbo import ops
 from tests.ops import test_decode_properties as decode
 from tests.ops import test_quantize_index as quantize_index
+from tests.ops import test_refine_properties as refine
 from tests.ops import test_select_properties as select
 from tests.ops import test_select_tiles_properties as select_tiles
 from tests.ops import test_sparse_decode_properties as sparse_decode
@@ -21,6 +22,11 @@ PROPERTIES = [
     select.test_a_nan_selects_every_far_key,
     select_tiles.test_tile_lists,
     quantize_index.test_sets_are_those_of_the_float64_scores,
+    refine.test_sets_are_those_of_the_rule,
+    refine.test_only_twice_the_members_are_read_in_16_bits,
+    refine.test_nothing_is_refined_where_all_is_selected,
+    refine.test_a_nan_selects_every_far_key,
+    refine.test_keys_without_codes_are_selected_as_ever,
     sparse_decode.test_sparse_decode_selects_and_attends,
     sparse_decode.test_sparse_decode_over_rings,
     sparse_decode.test_what_is_not_attended_is_never_read,

@@ -50,8 +50,9 @@ def test_random_cases_equal_the_cpu(seed):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_cache_equals_the_cpu_and_waits_for_nothing(bits, cuda_device):
-    layers = {"cpu": layer(bits, 100, 16), "cuda": layer(bits, 100, 16)}
+@pytest.mark.parametrize("refine", [False, True])
+def test_the_cache_equals_the_cpu_and_waits_for_nothing(bits, refine, cuda_device):
+    layers = {on: layer(bits, 100, 16, refine) for on in ("cpu", "cuda")}
     for chunk in (70, 1, 500, *[1] * 130, 64):
         k_index = torch.randn(2, 3, chunk, 16).half()
         inputs = {"cpu": (torch.zeros(2, 1, chunk, 8), k_index)}
@@ -66,6 +67,10 @@ def test_the_cache_equals_the_cpu_and_waits_for_nothing(bits, cuda_device):
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         assert_same_bits(layers["cuda"].index_keys(), layers["cpu"].index_keys())
+        if refine:
+            assert_same_bits(
+                *([made.whole_index_keys()] for made in (layers["cuda"], layers["cpu"]))
+            )
     assert layers["cuda"].layout.coded > 0
 
 

@@ -31,12 +31,3 @@ def test_index_project_backward():
         match="rtpurbo::index_project_backward: no CUDA kernel yet; train the index on the CPU",
     ):
         q_index.sum().backward()
-
-
-def test_select_with_refine():
-    k_index = torch.randn(1, 1, 128, 16, device="cuda", dtype=torch.float16)
-    codes, ranges = ops.quantize_index(k_index, 4)
-    with pytest.raises(NotImplementedError, match="rtpurbo::select: no CUDA kernel with refine"):
-        ops.select(
-            k_index[:, :, :1], k_index, [0], 0.9, 8, 1, 4, codes=codes, ranges=ranges, refine=True
-        )

@@ -29,6 +29,12 @@ struct Cut {
   long long floor;
 };
 
+/// What a selection must reach.
+struct Wanted {
+  double share;  // of all mass
+  long long floor;
+};
+
 class FindBin {
  public:
   using Reached = MassCount<double>;
@@ -39,9 +45,11 @@ class FindBin {
     Cut cut;
   };
 
-  /// The cut before its bin is refined: mass and count are of near keys and lower bins.
-  static __device__ Cut run(const SelectParams& p, double near, const unsigned long long* bin_mass,
-                            const uint32_t* bin_count, Shared& shared) {
+  /// The cut before its bin is refined: mass and count are of near keys and lower bins. All mass is
+  /// that of the bins and `outside`, which is `near` and what is left out.
+  static __device__ Cut run(const Wanted& wanted, double near, double outside,
+                            const unsigned long long* bin_mass, const uint32_t* bin_count,
+                            Shared& shared) {
     constexpr int kOwn = kBins / kSelectThreads;
     const int first = threadIdx.x * kOwn;
     Reached own[kOwn];
@@ -57,9 +65,9 @@ class FindBin {
         .ExclusiveScan(
             sum, before, Reached{0.0, 0}, [](const Reached& a, const Reached& b) { return a + b; },
             all);
-    const double total = near + all.mass;
-    const double target = p.p * total;
-    const long long floor = min(static_cast<long long>(p.min_members), all.count);
+    const double total = outside + all.mass;
+    const double target = wanted.share * total;
+    const long long floor = min(wanted.floor, all.count);
     const bool none = near >= target && floor == 0;
     if (threadIdx.x == 0) {  // unless a bin is found
       shared.bin = kAllBins;
@@ -67,7 +75,7 @@ class FindBin {
                     .score = none ? INFINITY : -INFINITY,
                     .index = -1,
                     .count = none ? 0 : all.count,
-                    .mass = none ? near : total,
+                    .mass = none ? near : near + all.mass,
                     .total = total,
                     .target = target,
                     .floor = floor};

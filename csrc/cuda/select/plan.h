@@ -61,8 +61,9 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   WorkspaceParts parts{base};
   parts.take(w.arrivals, plan.teams);
   parts.take(w.stats, blocks);
-  parts.take(w.bin_mass, plan.teams * kBins);
-  parts.take(w.bin_count, plan.teams * kBins);
+  const int64_t histograms = plan.teams * (p.refine ? 2 : 1);
+  parts.take(w.bin_mass, histograms * kBins);
+  parts.take(w.bin_count, histograms * kBins);
   parts.take(w.cut_members, members);
   parts.take(w.cut_counts, blocks);
   parts.take(w.scores, plan.scores_in_shared ? 0 : members);

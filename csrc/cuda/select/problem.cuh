@@ -43,8 +43,8 @@ struct Member {
 struct SelectWorkspace {
   uint32_t* arrivals;            // [teams], of Team::sync
   BlockStats* stats;             // [teams * team_size]
-  unsigned long long* bin_mass;  // [teams, kBins]
-  uint32_t* bin_count;           // [teams, kBins]
+  unsigned long long* bin_mass;  // [teams, kBins], with `refine` [2, teams, kBins]
+  uint32_t* bin_count;           // the same
   Member* cut_members;           // [teams * team_size, block_members]
   int32_t* cut_counts;           // [teams * team_size]
   float* scores;                 // [teams * team_size, block_members], null: in shared memory

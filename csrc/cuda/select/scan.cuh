@@ -71,6 +71,11 @@ class WideScorer {
     }
   }
 
+  /// The score of key n as k_index has it; with `refine` of any key.
+  __device__ float of_key(int64_t n) const {
+    return dot(*reinterpret_cast<const Key*>(keys_ + n * stride_));
+  }
+
  private:
   struct alignas(16) Key {
     TK values[16];
@@ -106,18 +111,20 @@ class AnyScorer {
     }
   }
 
- private:
-  __device__ float dot(int64_t n) const {
-    if (n < p_.coded) {
-      return coded_dot(
-          query_, key_rows<uint8_t>(p_, p_.codes, row_) + n * p_.codes.row_stride,
-          key_rows<__half>(p_, p_.ranges, row_) + n / kIndexBlock * p_.ranges.row_stride, dim_,
-          p_.code_bits);
-    }
+  /// The score of key n as k_index has it; with `refine` of any key.
+  __device__ float of_key(int64_t n) const {
     const TK* key = key_rows<TK>(p_, p_.k_index, row_) + (n - p_.coded) * p_.k_index.row_stride;
     float sum = 0.0f;
     for (int d = 0; d < dim_; ++d) sum = fmaf(query_[d], to_float(key[d]), sum);
     return sum;
+  }
+
+ private:
+  __device__ float dot(int64_t n) const {
+    if (n >= p_.coded) return of_key(n);
+    return coded_dot(query_, key_rows<uint8_t>(p_, p_.codes, row_) + n * p_.codes.row_stride,
+                     key_rows<__half>(p_, p_.ranges, row_) + n / kIndexBlock * p_.ranges.row_stride,
+                     dim_, p_.code_bits);
   }
 
   const SelectParams& p_;
@@ -153,14 +160,8 @@ class Scan {
   static __device__ void run(const SelectParams& p, const Row& row, Members& members,
                              Shared& shared, BlockStats& stats) {
     constexpr int kGroups = Scorer::kGroups;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int64_t q_offset = row.batch * p.q_index.batch_stride + row.head * p.q_index.head_stride +
-                             row.row * p.q_index.row_stride;
-    const float scale = rsqrtf(static_cast<float>(p.dim));
-    for (int d = thread; d < p.dim; d += kSelectThreads) {
-      shared.query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
-    }
-    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    load_query(p, row, shared);
     // Keys that are scored; the others are not read.
     const int64_t begin = p.near_is_scored ? row.start : row.far_begin;
     const int64_t end = p.near_is_scored ? row.position + 1 : row.far_end;
@@ -232,12 +233,32 @@ class Scan {
         if (i + g < members.groups()) store(i + g, first[g], scores[g]);
       }
     }
+    put_stats(own, near, p.near_is_scored, shared, stats);
+  }
+
+  /// The row's query, with the scale of the scores.
+  static __device__ __forceinline__ void load_query(const SelectParams& p, const Row& row,
+                                                    Shared& shared) {
+    const int64_t q_offset = row.batch * p.q_index.batch_stride + row.head * p.q_index.head_stride +
+                             row.row * p.q_index.row_stride;
+    const float scale = rsqrtf(static_cast<float>(p.dim));
+    for (int d = threadIdx.x; d < p.dim; d += kSelectThreads) {
+      shared.query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
+    }
+    __syncthreads();
+  }
+
+  /// What the block's threads saw, to `stats`.
+  static __device__ __forceinline__ void put_stats(const ScoreStats& own, const LogSum& near,
+                                                   bool near_is_scored, Shared& shared,
+                                                   BlockStats& stats) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const BlockStats of_warp =
-        warp_stats(own.top_key(), own.poisoned, own.candidates, near, p.near_is_scored);
+        warp_stats(own.top_key(), own.poisoned, own.candidates, near, near_is_scored);
     if (lane == 0) shared.of_warp[warp] = of_warp;
     __syncthreads();
     if (warp != 0) return;
-    const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, p.near_is_scored);
+    const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, near_is_scored);
     if (lane == 0) stats = of_block;
   }
 

@@ -25,7 +25,7 @@ class BlockList {
   __device__ void fill(const Selection& selection, uint64_t* selected) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     own_ = 0;
-    for_each_chosen(selection, members_, [&](int i, uint32_t in) {
+    for_each_chosen(selection, members_, members_.count(), [&](int i, uint32_t in) {
       mark_chosen(members_, i, in, block_size_, selected);
       if (!__any_sync(0xffffffffu, in)) return;
 #pragma unroll
