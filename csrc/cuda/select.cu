@@ -1,5 +1,7 @@
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
 #include "csrc/cuda/residency.h"
 #include "csrc/cuda/select.h"
 #include "csrc/cuda/select/emit.cuh"
@@ -71,7 +73,8 @@ const void* kernel_of(ElementType k_type, bool wide) {
   const void* kernel = nullptr;
   dispatch_element(k_type, [&](auto element) {
     using TK = decltype(element);
-    using Wide = WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>;
+    using Wide = std::conditional_t<std::is_same_v<TK, __half>, HalfScorer<4>,
+                                    WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>>;
     kernel = wide ? reinterpret_cast<const void*>(select_kernel<Wide, kRefine>)
                   : reinterpret_cast<const void*>(select_kernel<AnyScorer<TK>, kRefine>);
     return cudaSuccess;

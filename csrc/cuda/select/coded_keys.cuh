@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "csrc/cuda/ptx/mma.cuh"
+#include "csrc/cuda/select/half_parts.cuh"
 #include "csrc/ops/common/heads_view.h"
 #include "csrc/ops/common/index_block.h"
 
@@ -79,12 +80,7 @@ class CodedQuery {
  public:
   /// `query`: 16 values with the scale of the scores, in shared or global memory.
   __device__ __forceinline__ CodedQuery(const float* query, int lane) {
-    float top = 0.0f;
-#pragma unroll
-    for (int d = 0; d < kCodedDim; ++d) top = fmaxf(top, fabsf(query[d]));
-    // Times a power of two the largest value is in [2, 4): no product with the step of half keys
-    // is beyond the halves.
-    const int exponent = top > 0.0f ? min(max(ilogbf(top), -90), 90) - 1 : 0;
+    const int exponent = exponent_of<kCodedDim>(query);
     const float scale = ldexpf(1.0f, -exponent);
     unscale_ = ldexpf(1.0f, exponent);
     const int d = lane % kCodedDim;
@@ -93,8 +89,8 @@ class CodedQuery {
 
     const int column = lane / 4, t = lane % 4;
     const bool lower = column % 2;
-    minima_[0] = part(query[4 * t] * scale, query[4 * t + 1] * scale, lower);
-    minima_[1] = part(query[4 * t + 2] * scale, query[4 * t + 3] * scale, lower);
+    minima_[0] = half_parts(query[4 * t] * scale, query[4 * t + 1] * scale, lower);
+    minima_[1] = half_parts(query[4 * t + 2] * scale, query[4 * t + 3] * scale, lower);
     source_ = column / 2 == t ? kCodedDim + 2 * lower : 0;
     selector_ = lane & 2 ? 0x3276 : 0x5410;
   }
@@ -121,7 +117,6 @@ class CodedQuery {
  private:
   /// Codes stand in halves as multiples of 2^-24, their smallest unit: nothing to convert.
   static constexpr float kOnePerHalfUnit = 1 << 24;
-  static constexpr float kRestScale = 1 << 11;
 
   /// Two words with two codes each.
   struct Pair {
@@ -140,24 +135,11 @@ class CodedQuery {
     }
   }
 
-  /// What is left of a value that is rounded to a half, of the size of the value.
-  __device__ __forceinline__ static float rest(float value) {
-    return (value - __half2float(__float2half_rn(value))) * kRestScale;
-  }
-
-  __device__ __forceinline__ static float joined(float upper, float lower) {
-    return fmaf(lower, 1.0f / kRestScale, upper);
-  }
-
-  __device__ __forceinline__ static uint32_t part(float a, float b, bool lower) {
-    return lower ? ptx::pack_pair<__half>(rest(a), rest(b)) : ptx::pack_pair<__half>(a, b);
-  }
-
   /// Query times step. For d with d & 2 == 0, lane 16 + d holds the upper halves of dimensions d
   /// and d + 2, lane 16 + d + 2 the lower ones. The other 16 lanes hold zeros.
   __device__ __forceinline__ uint32_t query_pairs(__half step) const {
     const float value = weight_ * __half2float(step);
-    const uint32_t own = ptx::pack_pair<__half>(value, rest(value));
+    const uint32_t own = ptx::pack_pair<__half>(value, rest_of(value));
     return __byte_perm(own, __shfl_xor_sync(0xffffffffu, own, 2), selector_);
   }
 

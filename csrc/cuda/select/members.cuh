@@ -1,6 +1,8 @@
 #pragma once
 // Which members a warp owns, and where it keeps their scores.
 
+#include "csrc/cuda/ptx/mad_wide.cuh"
+#include "csrc/cuda/ptx/prefetch.cuh"
 #include "csrc/cuda/select/team.cuh"
 
 namespace rtpurbo::cuda {
@@ -31,6 +33,7 @@ class Members {
         shift_(group_shift(p.block_size)),
         own_(team.rank * kSelectWarps + static_cast<int>(threadIdx.x) / 32),
         room_(warp_room(w.warp_groups, p.block_size)),
+        in_global_(w.scores != nullptr),
         scores_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_) {}
 
   /// Takes the groups that hold the keys [begin, end).
@@ -64,13 +67,15 @@ class Members {
     return (group(i >> shift_) << shift_) + (i & (of_group() - 1));
   }
 
-  __device__ float& score(int i) const { return scores_[i]; }
+  __device__ float& score(int i) const {
+    return *ptx::offset_by(scores_, i, static_cast<int>(sizeof(float)));
+  }
 
   /// The scores of this warp's members `i` to `i + 3`, -inf beyond the last; `i` a multiple of 4.
   __device__ float4 four(int i) const {
     constexpr float kNone = -INFINITY;
     if (i >= count()) return make_float4(kNone, kNone, kNone, kNone);
-    float4 scores = *reinterpret_cast<const float4*>(scores_ + i);
+    float4 scores = reinterpret_cast<const float4&>(score(i));
     if (i + 4 > count()) {
       scores.w = kNone;
       if (i + 3 > count()) scores.z = kNone;
@@ -79,12 +84,19 @@ class Members {
     return scores;
   }
 
+  /// Begins to load the scores that four(i) will want some steps later, where they are far away.
+  __device__ void prefetch(int i) const {
+    constexpr int kAhead = 6 * 128;
+    if (in_global_ && i + kAhead < count()) ptx::prefetch_to_l2(&score(i + kAhead));
+  }
+
   /// Groups of the whole team.
   __device__ int first_group() const { return first_group_; }
   __device__ int end_group() const { return end_group_; }
 
  private:
   const int stride_, shift_, own_, room_;
+  const bool in_global_;
   float* const scores_;
   int first_group_ = 0, end_group_ = 0;  // of the team
   int groups_ = 0;
@@ -100,6 +112,7 @@ __device__ __forceinline__ void for_each_four(const Members& members, int begin,
   for (int base = begin; base < end; base += 128) {
     const int first = base + static_cast<int>(threadIdx.x) % 32 * 4;
     const float4 loaded = members.four(first);
+    members.prefetch(first);
     __syncwarp();
     const float scores[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
     fn(first, scores);

@@ -2,6 +2,7 @@
 // How many blocks work on a problem, and where their scores are.
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/integers.h"
@@ -11,9 +12,10 @@
 
 namespace rtpurbo::cuda {
 
-/// Whether keys, and blocks of codes, may be loaded whole.
+/// Whether keys, and blocks of codes, may be loaded whole, and key offsets take one product.
 inline bool keys_are_wide(const SelectParams& p) {
   return p.dim == 16 && rows_are_aligned(p.k_index, p.k_type == ElementType::kFloat32 ? 4 : 2) &&
+         std::abs(p.k_index.row_stride) <= INT32_MAX / 4 &&
          (p.coded == 0 || coded_blocks_are_packed(p.codes, p.ranges, p.code_bits));
 }
 

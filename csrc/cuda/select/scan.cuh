@@ -2,10 +2,10 @@
 // Stage 1: the score r^-1/2 q . k of every far key, or the log-mass of every block of them; the
 // largest score; and in form `full` the mass of the near keys.
 
-#include "csrc/cuda/element.cuh"
-#include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/select/coded_keys.cuh"
+#include "csrc/cuda/select/half_keys.cuh"
 #include "csrc/cuda/select/members.cuh"
+#include "csrc/cuda/select/scorers.cuh"
 #include "csrc/cuda/select/stats.cuh"
 
 namespace rtpurbo::cuda {
@@ -22,121 +22,10 @@ static __device__ __noinline__ float block_log_mass(float score, float other, in
   return base + logf(sum);
 }
 
-/// The scores that a lane has of a group: of key `lane` and of key `32 + lane`.
-struct GroupScores {
-  float of_half[2];
-};
-
-/// Row 0 of the key head that a row's query reads.
-template <typename T>
-__device__ __forceinline__ const T* key_rows(const SelectParams& p, const HeadsView& view,
-                                             const Row& row) {
-  return head_rows<const T>(view, row.batch, p.index_map.heads[row.head]);
-}
-
-/// Keys of 16 dimensions whose rows are aligned to 16 bytes: those of kAtOnce groups are on their
-/// way before the first is needed.
-template <typename TK, int kAtOnce>
-class WideScorer {
- public:
-  static constexpr int kGroups = kAtOnce;
-  static constexpr bool kScoresCodes = false;
-
-  __device__ WideScorer(const SelectParams& p, const Row& row, const float* query)
-      : keys_(key_rows<TK>(p, p.k_index, row) - p.coded * p.k_index.row_stride),
-        stride_(p.k_index.row_stride) {
-#pragma unroll
-    for (int d = 0; d < 16; ++d) query_[d] = query[d];
-  }
-
-  /// Scores the 64 keys from each `first` on, without those outside [begin, end).
-  __device__ void score(const int64_t (&first)[kGroups], int64_t begin, int64_t end,
-                        GroupScores (&scores)[kGroups]) const {
-    Key loaded[kGroups][2];
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t n = first[g] + half * 32 + threadIdx.x % 32;
-        loaded[g][half] = {};
-        if (n >= begin && n < end) {
-          loaded[g][half] = *reinterpret_cast<const Key*>(keys_ + n * stride_);
-        }
-      }
-    }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) scores[g].of_half[half] = dot(loaded[g][half]);
-    }
-  }
-
-  /// The score of key n as k_index has it; with `refine` of any key.
-  __device__ float of_key(int64_t n) const {
-    return dot(*reinterpret_cast<const Key*>(keys_ + n * stride_));
-  }
-
- private:
-  struct alignas(16) Key {
-    TK values[16];
-  };
-
-  __device__ float dot(const Key& key) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int d = 0; d < 16; ++d) sum = fmaf(query_[d], to_float(key.values[d]), sum);
-    return sum;
-  }
-
-  const TK* const keys_;
-  const int64_t stride_;
-  float query_[16];
-};
-
-/// Keys, and codes, of any dimension and stride.
-template <typename TK>
-class AnyScorer {
- public:
-  static constexpr int kGroups = 1;
-  static constexpr bool kScoresCodes = true;
-
-  __device__ AnyScorer(const SelectParams& p, const Row& row, const float* query)
-      : p_(p), row_(row), query_(query), dim_(static_cast<int>(p.dim)) {}
-
-  __device__ void score(const int64_t (&first)[1], int64_t begin, int64_t end,
-                        GroupScores (&scores)[1]) const {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = first[0] + half * 32 + threadIdx.x % 32;
-      scores[0].of_half[half] = n >= begin && n < end ? dot(n) : 0.0f;
-    }
-  }
-
-  /// The score of key n as k_index has it; with `refine` of any key.
-  __device__ float of_key(int64_t n) const {
-    const TK* key = key_rows<TK>(p_, p_.k_index, row_) + (n - p_.coded) * p_.k_index.row_stride;
-    float sum = 0.0f;
-    for (int d = 0; d < dim_; ++d) sum = fmaf(query_[d], to_float(key[d]), sum);
-    return sum;
-  }
-
- private:
-  __device__ float dot(int64_t n) const {
-    if (n >= p_.coded) return of_key(n);
-    return coded_dot(query_, key_rows<uint8_t>(p_, p_.codes, row_) + n * p_.codes.row_stride,
-                     key_rows<__half>(p_, p_.ranges, row_) + n / kIndexBlock * p_.ranges.row_stride,
-                     dim_, p_.code_bits);
-  }
-
-  const SelectParams& p_;
-  const Row& row_;
-  const float* const query_;
-  const int dim_;
-};
-
 /// What a thread saw of the members' scores.
 struct ScoreStats {
   float top = -INFINITY;
-  bool poisoned = false;
+  uint32_t poisoned = 0;
   int candidates = 0;
 
   __device__ void add(float score) {
@@ -145,8 +34,74 @@ struct ScoreStats {
     top = fmaxf(top, score);  // passes over a NaN
   }
 
+  __device__ void add(float score, float other) {
+    if (fabsf(score) < INFINITY && fabsf(other) < INFINITY) {
+      candidates += 2;
+      top = fmaxf(fmaxf(top, score), other);
+    } else {
+      add(score);
+      add(other);
+    }
+  }
+
+  __device__ void add(const ScoreStats& other) {
+    candidates += other.candidates;
+    poisoned |= other.poisoned;
+    top = fmaxf(top, other.top);
+  }
+
   __device__ uint32_t top_key() const { return top == -INFINITY ? 0 : ordered_key(top); }
 };
+
+/// What the keys of a row are to its scan.
+struct Sight {
+  int begin, end;          // keys that are scored; the others are not read
+  int far_begin, far_end;  // those of them that are members
+  int block_size;
+
+  __device__ Sight(const SelectParams& p, const Row& row)
+      : begin(static_cast<int>(p.near_is_scored ? row.start : row.far_begin)),
+        end(static_cast<int>(p.near_is_scored ? row.position + 1 : row.far_end)),
+        far_begin(static_cast<int>(row.far_begin)),
+        far_end(static_cast<int>(row.far_end)),
+        block_size(static_cast<int>(p.block_size)) {}
+
+  __device__ bool is_far(int n) const { return n >= far_begin && n < far_end; }
+  /// Whether all of a group's keys are far.
+  __device__ bool sees_far(int first) const {
+    return first >= far_begin && first + kGroupKeys <= far_end;
+  }
+};
+
+/// Keeps the scores of a group that is not all far keys, or whose members are blocks, at `scores`;
+/// `score` and `next` are of the lane's keys. Near keys that are scored go to `near`.
+static __device__ __noinline__ ScoreStats keep_some(Sight sight, int first, float score, float next,
+                                                    float* scores, LogSum& near) {
+  const int lane = threadIdx.x % 32;
+  const int size = sight.block_size;
+  float value[2] = {score, next};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int n = first + half * 32 + lane;
+    if (sight.is_far(n)) continue;
+    if (n >= sight.begin && n < sight.end && value[half] != -INFINITY) near.add(value[half], 1.0f);
+    value[half] = -INFINITY;
+  }
+  if (size == kGroupKeys) {
+    value[0] = block_log_mass(value[0], value[1], 32);
+  } else if (size > 1) {
+    value[0] = block_log_mass(value[0], -INFINITY, size);
+    value[1] = block_log_mass(value[1], -INFINITY, size);
+  }
+  ScoreStats own;
+  for (int half = 0; half < 2; ++half) {
+    const int key = half * 32 + lane;
+    if (key % size != 0) continue;
+    scores[key / size] = value[half];
+    own.add(value[half]);
+  }
+  return own;
+}
 
 template <typename Scorer>
 class Scan {
@@ -162,48 +117,20 @@ class Scan {
     constexpr int kGroups = Scorer::kGroups;
     const int lane = threadIdx.x % 32;
     load_query(p, row, shared);
-    // Keys that are scored; the others are not read.
-    const int64_t begin = p.near_is_scored ? row.start : row.far_begin;
-    const int64_t end = p.near_is_scored ? row.position + 1 : row.far_end;
-    members.take(begin, end);
+    const Sight sight(p, row);
+    members.take(sight.begin, sight.end);
 
     ScoreStats own;
     LogSum near;
-    const auto keep = [&](int i, float score) {
-      members.score(i) = score;
-      own.add(score);
-    };
-    const auto store = [&](int group, int64_t first, const GroupScores& scores) {
-      if (p.block_size == 1 && first >= row.far_begin && first + kGroupKeys <= row.far_end) {
-        keep(group * kGroupKeys + lane, scores.of_half[0]);
-        keep(group * kGroupKeys + 32 + lane, scores.of_half[1]);
-        return;
-      }
-      float value[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t n = first + half * 32 + lane;
-        value[half] = scores.of_half[half];
-        const bool far = n >= row.far_begin && n < row.far_end;
-        if (p.near_is_scored && !far && n >= begin && n < end && value[half] != -INFINITY) {
-          near.add(value[half], 1.0f);
-        }
-        if (!far) value[half] = -INFINITY;
-      }
-      const int place = group * members.of_group();
-      if (p.block_size == 1) {
-        keep(place + lane, value[0]);
-        keep(place + 32 + lane, value[1]);
-      } else if (p.block_size == 64) {
-        const float mass = block_log_mass(value[0], value[1], 32);
-        if (lane == 0) keep(place, mass);
+    const auto store = [&](int group, int first, const GroupScores& scores) {
+      float& place = members.score(group * members.of_group());
+      const auto [score, next] = scores.of_half;
+      if (sight.block_size == 1 && sight.sees_far(first)) {
+        (&place)[lane] = score;
+        (&place)[lane + 32] = next;
+        own.add(score, next);
       } else {
-        const int size = static_cast<int>(p.block_size);
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          const float mass = block_log_mass(value[half], -INFINITY, size);
-          if (lane % size == 0) keep(place + half * (32 / size) + lane / size, mass);
-        }
+        own.add(keep_some(sight, first, score, next, &place, near));
       }
     };
 
@@ -216,21 +143,21 @@ class Scan {
         score_codes<8>(p, row, members, coded, shared.query, store);
       }
     }
-    const Scorer scorer(p, row, shared.query);
+    if (coded < members.groups()) {
+      const Scorer scorer(p, row, shared.query);
 #pragma unroll 1
-    for (int i = coded; i < members.groups(); i += kGroups) {
-      int64_t first[kGroups];
+      for (int i = coded; i < members.groups(); i += kGroups) {
+        int first[kGroups];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        first[g] = i + g < members.groups()
-                       ? static_cast<int64_t>(members.group(i + g)) * kGroupKeys
-                       : end;
-      }
-      GroupScores scores[kGroups];
-      scorer.score(first, begin, end, scores);
+        for (int g = 0; g < kGroups; ++g) {
+          first[g] = members.group(min(i + g, members.groups() - 1)) * kGroupKeys;
+        }
+        GroupScores scores[kGroups];
+        scorer.score(first, sight.begin, sight.end, scores);
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        if (i + g < members.groups()) store(i + g, first[g], scores[g]);
+        for (int g = 0; g < kGroups; ++g) {
+          if (i + g < members.groups()) store(i + g, first[g], scores[g]);
+        }
       }
     }
     put_stats(own, near, p.near_is_scored, shared, stats);
@@ -293,8 +220,7 @@ class Scan {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (i + j >= count) break;
-        store(i + j, static_cast<int64_t>(members.group(i + j)) * kGroupKeys,
-              GroupScores{{scores[j].x, scores[j].y}});
+        store(i + j, members.group(i + j) * kGroupKeys, GroupScores{{scores[j].x, scores[j].y}});
       }
     }
   }

@@ -1,0 +1,117 @@
+#pragma once
+// Scores of fp16 index keys of 16 dimensions on the tensor cores, where they cost a sixth of what
+// they cost otherwise. Queries are split into two halves each, sums are float32.
+
+#include "csrc/cuda/ptx/mad_wide.cuh"
+#include "csrc/cuda/select/half_parts.cuh"
+#include "csrc/cuda/select/scorers.cuh"
+
+namespace rtpurbo::cuda {
+
+/// Keys whose rows are aligned to 16 bytes; those of kAtOnce groups are on their way before the
+/// first is needed.
+///
+/// Two products m16n8k16 score 32 keys. A lane loads halves of two keys: with g = lane / 4 and
+/// t = lane % 4 half t % 2 of keys 4g + t / 2 and 4g + 2 + t / 2, which stand in rows g and g + 8
+/// of A. Columns 2s and 2s + 1 of B hold the query, upper and lower halves, against the key of
+/// lanes 2s and 2s + 1 modulo 4, and zeros against the other one. So the scores of keys 4g and
+/// 4g + 1 arrive in lanes t = 0 and 1, those of the next two, by the same columns again, in the
+/// other lanes: a lane has the score of key `lane`.
+template <int kAtOnce>
+class HalfScorer {
+  static constexpr int kDim = 16;
+
+ public:
+  static constexpr int kGroups = kAtOnce;
+  static constexpr bool kScoresCodes = false;
+
+  __device__ HalfScorer(const SelectParams& p, const Row& row, const float* query)
+      : query_(query),
+        keys_(reinterpret_cast<const char*>(key_rows<__half>(p, p.k_index, row) -
+                                            p.coded * p.k_index.row_stride)),
+        stride_(static_cast<int>(p.k_index.row_stride * sizeof(__half))) {
+    const int exponent = exponent_of<kDim>(query);
+    const float scale = ldexpf(1.0f, -exponent);
+    unscale_ = ldexpf(1.0f, exponent);
+    const int lane = threadIdx.x % 32, column = lane / 4, t = lane % 4;
+    const float* own = query + t % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool meets = column / 2 % 2 == t / 2;
+      parts_[i] = meets ? half_parts(own[2 * i] * scale, own[2 * i + 1] * scale, column % 2) : 0u;
+    }
+  }
+
+  /// Scores the 64 keys from each `first` on; those outside [begin, end) have any score.
+  __device__ void score(const int (&first)[kGroups], int begin, int end,
+                        GroupScores (&scores)[kGroups]) const {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    const int own_key = lane / 4 * 4 + t / 2;
+    const char* own_half = keys_ + t % 2 * sizeof(uint4);
+    uint4 loaded[kGroups][2][2];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int n = first[g] + own_key + i / 2 * 32 + i % 2 * 2;
+        loaded[g][i / 2][i % 2] = __ldg(reinterpret_cast<const uint4*>(
+            ptx::offset_by(own_half, min(max(n, begin), end - 1), stride_)));
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 &a = loaded[g][half][0], &b = loaded[g][half][1];
+        float sum[4] = {};
+        ptx::mma_m16n8k16<__half>(sum, {a.x, b.x, a.y, b.y}, parts_[0], parts_[1]);
+        ptx::mma_m16n8k16<__half>(sum, {a.z, b.z, a.w, b.w}, parts_[2], parts_[3]);
+        scores[g].of_half[half] =
+            unscale_ * (t < 2 ? joined(sum[0], sum[1]) : joined(sum[2], sum[3]));
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const bool finite =
+          fabsf(scores[g].of_half[0]) < INFINITY && fabsf(scores[g].of_half[1]) < INFINITY;
+      // A key that is not finite has spoilt its neighbours' scores.
+      if (!__all_sync(0xffffffffu, finite)) {
+        scores[g] = one_by_one(keys_, stride_, query_, first[g], begin, end);
+      }
+    }
+  }
+
+  /// The score of key n as k_index has it; with `refine` of any key.
+  __device__ float of_key(int n) const { return dot(keys_, stride_, n, query_); }
+
+ private:
+  static __device__ float dot(const char* keys, int stride, int n, const float* query) {
+    const uint4* halves = reinterpret_cast<const uint4*>(ptx::offset_by(keys, n, stride));
+    const uint4 loaded[2] = {__ldg(&halves[0]), __ldg(&halves[1])};
+    const __half* values = reinterpret_cast<const __half*>(loaded);
+    float sum = 0.0f;
+#pragma unroll
+    for (int d = 0; d < kDim; ++d) sum = fmaf(query[d], __half2float(values[d]), sum);
+    return sum;
+  }
+
+  static __device__ __noinline__ GroupScores one_by_one(const char* keys, int stride,
+                                                        const float* query, int first, int begin,
+                                                        int end) {
+    GroupScores scores;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int n = first + half * 32 + static_cast<int>(threadIdx.x) % 32;
+      scores.of_half[half] = dot(keys, stride, min(max(n, begin), end - 1), query);
+    }
+    return scores;
+  }
+
+  const float* const query_;
+  const char* const keys_;
+  const int stride_;  // bytes
+  float unscale_;
+  uint32_t parts_[4];
+};
+
+}  // namespace rtpurbo::cuda
