@@ -35,6 +35,7 @@ struct SelectParams {
 /// How a cooperative launch covers the problems, and what it needs.
 struct SelectPlan {
   int teams, team_size, blocks;
+  int run_shift;  // log2 of the groups that follow each other in a warp
   int warp_groups;
   bool scores_in_shared;
   size_t shared_bytes;

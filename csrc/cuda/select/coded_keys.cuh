@@ -31,8 +31,7 @@ inline bool coded_blocks_are_packed(const HeadsView& codes, const HeadsView& ran
          range_places % 8 == 0;
 }
 
-/// What a lane holds of a block of 64 keys. A scan keeps up with the memory when each warp scores
-/// four 4-bit blocks, or two 8-bit ones, while as many are on their way.
+/// What a lane holds of a block of 64 keys.
 template <int kBits>
 struct CodedBlock {
   static_assert(kBits == 4 || kBits == 8);
@@ -53,7 +52,7 @@ struct CodedBlock {
     const Key* keys = reinterpret_cast<const Key*>(codes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Key key = keys[lane + 32 * i];
+      const Key key = __ldg(&keys[lane + 32 * i]);
       block.keys[i][0] = key.x;
       block.keys[i][1] = key.y;
       if constexpr (kBits == 8) {
@@ -61,9 +60,9 @@ struct CodedBlock {
         block.keys[i][3] = key.w;
       }
     }
-    block.minima = reinterpret_cast<const uint2*>(ranges)[lane % 4];
+    block.minima = __ldg(reinterpret_cast<const uint2*>(ranges) + lane % 4);
     block.step = __ushort_as_half(0);
-    if (lane >= kCodedDim) block.step = ranges[lane];
+    if (lane >= kCodedDim) block.step = __ldg(&ranges[lane]);
     return block;
   }
 };

@@ -19,11 +19,19 @@ class Publish {
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
     for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
+      uint32_t in = 0;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (scores[e] != -INFINITY && bin_of(bins_below(top, scores[e])) == bin) {
-          cut_members[atomicAdd(&shared.count, 1)] = {ordered_key(scores[e]),
-                                                      members.position(i + e)};
+        const bool of_bin = scores[e] != -INFINITY && bin_of(bins_below(top, scores[e])) == bin;
+        in |= static_cast<uint32_t>(of_bin) << e;
+      }
+      if (in == 0) return;
+      const int4 positions = members.four_positions(i);
+      const int32_t position[4] = {positions.x, positions.y, positions.z, positions.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (in >> e & 1) {
+          cut_members[atomicAdd(&shared.count, 1)] = {ordered_key(scores[e]), position[e]};
         }
       }
     });

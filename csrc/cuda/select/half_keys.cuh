@@ -8,8 +8,7 @@
 
 namespace rtpurbo::cuda {
 
-/// Keys whose rows are aligned to 16 bytes; those of kAtOnce groups are on their way before the
-/// first is needed.
+/// Keys whose rows are aligned to 16 bytes, kAtOnce groups at a time.
 ///
 /// Two products m16n8k16 score 32 keys. A lane loads halves of two keys: with g = lane / 4 and
 /// t = lane % 4 half t % 2 of keys 4g + t / 2 and 4g + 2 + t / 2, which stand in rows g and g + 8
@@ -42,49 +41,83 @@ class HalfScorer {
     }
   }
 
-  /// Scores the 64 keys from each `first` on; those outside [begin, end) have any score.
-  __device__ void score(const int (&first)[kGroups], int begin, int end,
-                        GroupScores (&scores)[kGroups]) const {
-    const int lane = threadIdx.x % 32, t = lane % 4;
-    const int own_key = lane / 4 * 4 + t / 2;
-    const char* own_half = keys_ + t % 2 * sizeof(uint4);
-    uint4 loaded[kGroups][2][2];
+  /// Halves of keys of kGroups groups, on their way.
+  struct Loaded {
+    uint4 halves[kGroups][4];
+  };
+
+  /// The 64 keys from each first(g) on.
+  template <typename First>
+  __device__ Loaded load(const First& first) const {
+    Loaded loaded;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const char* own = ptx::offset_by(own_half(), first(g) + own_key(), stride_);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        loaded.halves[g][i] =
+            half_at(own + (i / 2 * 32 + i % 2 * 2) * static_cast<int64_t>(stride_));
+    }
+    return loaded;
+  }
+
+  /// The same, with others in the place of those outside [begin, end).
+  template <typename First>
+  __device__ Loaded load_within(const First& first, int begin, int end) const {
+    Loaded loaded;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int n = first[g] + own_key + i / 2 * 32 + i % 2 * 2;
-        loaded[g][i / 2][i % 2] = __ldg(reinterpret_cast<const uint4*>(
-            ptx::offset_by(own_half, min(max(n, begin), end - 1), stride_)));
+        const int n = first(g) + own_key() + i / 2 * 32 + i % 2 * 2;
+        loaded.halves[g][i] =
+            half_at(ptx::offset_by(own_half(), min(max(n, begin), end - 1), stride_));
       }
     }
+    return loaded;
+  }
+
+  /// Their scores.
+  template <typename First>
+  __device__ void score(const Loaded& loaded, const First& /*first*/,
+                        GroupScores (&scores)[kGroups]) const {
+    const bool low = threadIdx.x % 4 < 2;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 &a = loaded[g][half][0], &b = loaded[g][half][1];
+        const uint4 &a = loaded.halves[g][2 * half], &b = loaded.halves[g][2 * half + 1];
         float sum[4] = {};
         ptx::mma_m16n8k16<__half>(sum, {a.x, b.x, a.y, b.y}, parts_[0], parts_[1]);
         ptx::mma_m16n8k16<__half>(sum, {a.z, b.z, a.w, b.w}, parts_[2], parts_[3]);
         scores[g].of_half[half] =
-            unscale_ * (t < 2 ? joined(sum[0], sum[1]) : joined(sum[2], sum[3]));
+            unscale_ * (low ? joined(sum[0], sum[1]) : joined(sum[2], sum[3]));
       }
     }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const bool finite =
-          fabsf(scores[g].of_half[0]) < INFINITY && fabsf(scores[g].of_half[1]) < INFINITY;
-      // A key that is not finite has spoilt its neighbours' scores.
-      if (!__all_sync(0xffffffffu, finite)) {
-        scores[g] = one_by_one(keys_, stride_, query_, first[g], begin, end);
-      }
-    }
+  }
+
+  /// The scores of a group, of each key by itself where one is not finite: it has spoilt those of
+  /// its neighbours.
+  __device__ GroupScores mended(const GroupScores& scores, int first, int begin, int end) const {
+    if (scores.are_finite()) return scores;
+    return one_by_one(keys_, stride_, query_, first, begin, end);
   }
 
   /// The score of key n as k_index has it; with `refine` of any key.
   __device__ float of_key(int n) const { return dot(keys_, stride_, n, query_); }
 
  private:
+  /// Which key, and which half of it, this lane loads first.
+  static __device__ int own_key() {
+    const int lane = threadIdx.x % 32;
+    return lane / 4 * 4 + lane % 4 / 2;
+  }
+  __device__ const char* own_half() const { return keys_ + threadIdx.x % 2 * sizeof(uint4); }
+
+  static __device__ uint4 half_at(const char* address) {
+    return __ldg(reinterpret_cast<const uint4*>(address));
+  }
+
   static __device__ float dot(const char* keys, int stride, int n, const float* query) {
     const uint4* halves = reinterpret_cast<const uint4*>(ptx::offset_by(keys, n, stride));
     const uint4 loaded[2] = {__ldg(&halves[0]), __ldg(&halves[1])};

@@ -22,8 +22,8 @@ __host__ __device__ __forceinline__ int warp_room(int warp_groups, int64_t block
   return ((warp_groups << group_shift(block_size)) + 3) / 4 * 4;
 }
 
-/// Groups of 64 keys go to the warps of a team in turn, so that a run of selected keys, which are
-/// often neighbours, is spread over all of them.
+/// Runs of groups of 64 keys go to the blocks of a team in turn, so that selected keys, which are
+/// often neighbours, are spread over all of them, and to their warps.
 class Members {
  public:
   /// `scores` has room for the block, on 16 bytes.
@@ -31,7 +31,8 @@ class Members {
                      float* scores)
       : stride_(team.size * kSelectWarps),
         shift_(group_shift(p.block_size)),
-        own_(team.rank * kSelectWarps + static_cast<int>(threadIdx.x) / 32),
+        run_shift_(w.run_shift),
+        own_(static_cast<int>(threadIdx.x) / 32 * team.size + team.rank),
         room_(warp_room(w.warp_groups, p.block_size)),
         in_global_(w.scores != nullptr),
         scores_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_) {}
@@ -39,10 +40,8 @@ class Members {
   /// Takes the groups that hold the keys [begin, end).
   __device__ void take(int64_t begin, int64_t end) {
     first_group_ = static_cast<int>(begin / kGroupKeys);
-    const int groups =
-        end > begin ? static_cast<int>((end + kGroupKeys - 1) / kGroupKeys) - first_group_ : 0;
-    end_group_ = first_group_ + groups;
-    groups_ = groups > own_ ? (groups - own_ + stride_ - 1) / stride_ : 0;
+    end_group_ = end > begin ? static_cast<int>((end + kGroupKeys - 1) / kGroupKeys) : first_group_;
+    groups_ = groups_before(end_group_);
   }
 
   /// Groups of this warp, and its members.
@@ -52,19 +51,32 @@ class Members {
   __device__ int room() const { return room_; }
 
   /// Groups of this warp whose number in the row is below `number`.
-  __device__ int groups_before(int64_t number) const {
-    const int64_t own = number - first_group_ - own_;
-    return own <= 0 ? 0
-                    : static_cast<int>(
-                          min((own + stride_ - 1) / stride_, static_cast<int64_t>(groups_)));
+  __device__ int groups_before(int number) const {
+    const int run = 1 << run_shift_, round = stride_ << run_shift_;
+    const auto before =
+        static_cast<unsigned>(min(max(number, first_group_), end_group_) - first_group_);
+    const auto rounds = static_cast<int>(before / static_cast<unsigned>(round));
+    const int rest = static_cast<int>(before) - rounds * round - (own_ << run_shift_);
+    return (rounds << run_shift_) + min(max(rest, 0), run);
   }
 
   /// Number in the row of this warp's group `i`.
-  __device__ int group(int i) const { return first_group_ + own_ + i * stride_; }
+  __device__ int group(int i) const {
+    const int run = (i >> run_shift_) * stride_ + own_;
+    return first_group_ + (run << run_shift_) + (i & ((1 << run_shift_) - 1));
+  }
 
   /// Position in the row of this warp's member `i`.
   __device__ int32_t position(int i) const {
     return (group(i >> shift_) << shift_) + (i & (of_group() - 1));
+  }
+
+  /// The same of members `i` to `i + 3`, `i` a multiple of 4.
+  __device__ int4 four_positions(int i) const {
+    if (shift_ < 2)
+      return make_int4(position(i), position(i + 1), position(i + 2), position(i + 3));
+    const int32_t first = position(i);
+    return make_int4(first, first + 1, first + 2, first + 3);
   }
 
   __device__ float& score(int i) const {
@@ -95,7 +107,7 @@ class Members {
   __device__ int end_group() const { return end_group_; }
 
  private:
-  const int stride_, shift_, own_, room_;
+  const int stride_, shift_, run_shift_, own_, room_;
   const bool in_global_;
   float* const scores_;
   int first_group_ = 0, end_group_ = 0;  // of the team

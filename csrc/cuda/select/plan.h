@@ -24,6 +24,11 @@ constexpr int64_t kMostInTeam = 512;
 
 constexpr int64_t kMembersAtOnce = 1 << 25;
 
+/// A run of 4 groups, which the memory gives quicker than groups far apart, where a warp has at
+/// least two of them.
+constexpr int kLongRun = 2;
+constexpr int64_t kRounds = 2;
+
 /// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores.
 inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_bytes) {
   const int64_t problems = p.batch * p.heads * p.rows;
@@ -40,7 +45,9 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   plan.team_size =
       static_cast<int>(std::min({static_cast<int64_t>(blocks / plan.teams), most, kMostInTeam}));
   plan.blocks = blocks;
-  plan.warp_groups = static_cast<int>(divide_up(groups, plan.team_size * kSelectWarps));
+  const int64_t warps = plan.team_size * kSelectWarps;
+  if (groups >= kRounds * warps << kLongRun) plan.run_shift = kLongRun;
+  plan.warp_groups = static_cast<int>(divide_up(groups, warps << plan.run_shift) << plan.run_shift);
   const size_t bytes =
       static_cast<size_t>(warp_room(plan.warp_groups, p.block_size)) * kSelectWarps * sizeof(float);
   plan.scores_in_shared = bytes <= score_bytes;
@@ -57,6 +64,7 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   const int64_t members = blocks * w.block_members;
   w.teams = plan.teams;
   w.team_size = plan.team_size;
+  w.run_shift = plan.run_shift;
   w.warp_groups = plan.warp_groups;
   w.groups = divide_up(p.keys, kGroupKeys);
   w.chunks = divide_up(w.groups, kGroupKeys);

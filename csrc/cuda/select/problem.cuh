@@ -51,6 +51,7 @@ struct SelectWorkspace {
   uint64_t* selected;            // [teams, groups]: bit i of word j is key 64 j + i; select only
   uint32_t* chunk_counts;        // [teams, chunks], select only
   int32_t teams, team_size;
+  int32_t run_shift;      // log2 of the groups that follow each other in a warp
   int32_t warp_groups;    // that a warp has room for
   int32_t block_members;  // that a block has room for
   int64_t groups;         // words of a problem's mask
@@ -67,8 +68,11 @@ __device__ __forceinline__ float bins_below(float top, float score) {
   return (top - score) * kLog2E * kBinsPerOctave;
 }
 
+/// For below >= 0. Rounded down by an addition: conversions have few units.
 __device__ __forceinline__ int bin_of(float below) {
-  return static_cast<int>(fminf(below, kBins - 1.0f));
+  constexpr float kUnitsAreOnes = 1 << 23;
+  return __float_as_int(__fadd_rz(fminf(below, kBins - 1.0f), kUnitsAreOnes)) -
+         __float_as_int(kUnitsAreOnes);
 }
 
 /// Weight relative to the upper edge of the bin, in (2^-1/16, 1]; less in the last bin.

@@ -34,16 +34,6 @@ struct ScoreStats {
     top = fmaxf(top, score);  // passes over a NaN
   }
 
-  __device__ void add(float score, float other) {
-    if (fabsf(score) < INFINITY && fabsf(other) < INFINITY) {
-      candidates += 2;
-      top = fmaxf(fmaxf(top, score), other);
-    } else {
-      add(score);
-      add(other);
-    }
-  }
-
   __device__ void add(const ScoreStats& other) {
     candidates += other.candidates;
     poisoned |= other.poisoned;
@@ -57,20 +47,20 @@ struct ScoreStats {
 struct Sight {
   int begin, end;          // keys that are scored; the others are not read
   int far_begin, far_end;  // those of them that are members
+  int keys;
   int block_size;
+  bool is_plain;  // members are keys, and all that are scored
 
   __device__ Sight(const SelectParams& p, const Row& row)
       : begin(static_cast<int>(p.near_is_scored ? row.start : row.far_begin)),
         end(static_cast<int>(p.near_is_scored ? row.position + 1 : row.far_end)),
         far_begin(static_cast<int>(row.far_begin)),
         far_end(static_cast<int>(row.far_end)),
-        block_size(static_cast<int>(p.block_size)) {}
+        keys(static_cast<int>(p.keys)),
+        block_size(static_cast<int>(p.block_size)),
+        is_plain(p.block_size == 1 && !p.near_is_scored) {}
 
   __device__ bool is_far(int n) const { return n >= far_begin && n < far_end; }
-  /// Whether all of a group's keys are far.
-  __device__ bool sees_far(int first) const {
-    return first >= far_begin && first + kGroupKeys <= far_end;
-  }
 };
 
 /// Keeps the scores of a group that is not all far keys, or whose members are blocks, at `scores`;
@@ -120,47 +110,21 @@ class Scan {
     const Sight sight(p, row);
     members.take(sight.begin, sight.end);
 
-    ScoreStats own;
-    LogSum near;
-    const auto store = [&](int group, int first, const GroupScores& scores) {
-      float& place = members.score(group * members.of_group());
-      const auto [score, next] = scores.of_half;
-      if (sight.block_size == 1 && sight.sees_far(first)) {
-        (&place)[lane] = score;
-        (&place)[lane + 32] = next;
-        own.add(score, next);
-      } else {
-        own.add(keep_some(sight, first, score, next, &place, near));
-      }
-    };
-
+    Found found;
     int coded = 0;  // groups of this warp that are scored from codes
     if (!Scorer::kScoresCodes && p.coded > 0) {
       coded = members.groups_before(p.coded / kGroupKeys);
       if (p.code_bits == 4) {
-        score_codes<4>(p, row, members, coded, shared.query, store);
+        score_groups(CodedScorer<4>(p, row, shared.query), sight, members, 0, coded, found);
       } else {
-        score_codes<8>(p, row, members, coded, shared.query, store);
+        score_groups(CodedScorer<8>(p, row, shared.query), sight, members, 0, coded, found);
       }
     }
     if (coded < members.groups()) {
       const Scorer scorer(p, row, shared.query);
-#pragma unroll 1
-      for (int i = coded; i < members.groups(); i += kGroups) {
-        int first[kGroups];
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          first[g] = members.group(min(i + g, members.groups() - 1)) * kGroupKeys;
-        }
-        GroupScores scores[kGroups];
-        scorer.score(first, sight.begin, sight.end, scores);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          if (i + g < members.groups()) store(i + g, first[g], scores[g]);
-        }
-      }
+      score_groups(scorer, sight, members, coded, members.groups(), found);
     }
-    put_stats(own, near, p.near_is_scored, shared, stats);
+    put_stats(found.scores, found.near, p.near_is_scored, shared, stats);
   }
 
   /// The row's query, with the scale of the scores.
@@ -190,37 +154,70 @@ class Scan {
   }
 
  private:
-  /// The first `count` groups of this warp, with the next ones on their way.
-  template <int kBits, typename Store>
-  static __device__ void score_codes(const SelectParams& p, const Row& row, const Members& members,
-                                     int count, const float* query, const Store& store) {
-    using Block = CodedBlock<kBits>;
-    constexpr int kAtOnce = kBits == 4 ? 4 : 2;
+  struct Found {
+    ScoreStats scores;
+    LogSum near;
+  };
+
+  /// Groups [begin, end) of this warp.
+  template <typename S>
+  static __device__ void score_groups(const S& scorer, const Sight& sight, const Members& members,
+                                      int begin, int end, Found& found) {
+    constexpr int kGroups = S::kGroups;
     const int lane = threadIdx.x % 32;
-    const CodedQuery<kBits> coded_query(query, lane);
-    const uint8_t* codes = key_rows<uint8_t>(p, p.codes, row);
-    const __half* ranges = key_rows<__half>(p, p.ranges, row);
-    Block now[kAtOnce], next[kAtOnce] = {};
+    const auto first_of = [&](int i, int last) { return members.group(min(i, last)) * kGroupKeys; };
+    // Groups that may be loaded whole and whose members are keys. No function is called while
+    // others are on their way: their registers would have to be saved.
+    const int plain_end = sight.is_plain
+                              ? min(max(members.groups_before(sight.keys / kGroupKeys), begin), end)
+                              : begin;
+    float top = -INFINITY;
+    int candidates = 0;
+    bool strange = false;  // a score is not finite
+    typename S::Loaded next{};
     // One step ahead: the first pass only loads.
 #pragma unroll 1
-    for (int i = -kAtOnce; i < count; i += kAtOnce) {
+    for (int i = begin < plain_end ? begin - kGroups : plain_end; i < plain_end; i += kGroups) {
+      const typename S::Loaded now = next;
+      next = scorer.load([&](int g) { return first_of(i + kGroups + g, plain_end - 1); });
+      if (i < begin) continue;
+      GroupScores scores[kGroups];
+      scorer.score(
+          now, [&](int g) { return first_of(i + g, plain_end - 1); }, scores);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        now[j] = next[j];
-        if (i + kAtOnce + j < count) {
-          const int64_t block = members.group(i + kAtOnce + j);
-          next[j] =
-              Block::load(codes + block * Block::kBytes, ranges + block * Block::kRanges, lane);
+      for (int g = 0; g < kGroups; ++g) {
+        if (i + g >= plain_end) continue;
+        auto [score, other] = scores[g].of_half;
+        strange |= !(fabsf(score) < INFINITY) || !(fabsf(other) < INFINITY);
+        candidates += 2;
+        const int key = first_of(i + g, plain_end - 1);
+        if (key < sight.far_begin || key + kGroupKeys > sight.far_end) {
+          candidates -= 2 - (sight.is_far(key + lane) + sight.is_far(key + lane + 32));
+          if (!sight.is_far(key + lane)) score = -INFINITY;
+          if (!sight.is_far(key + lane + 32)) other = -INFINITY;
         }
+        float* place = &members.score((i + g) * kGroupKeys) + lane;
+        place[0] = score;
+        place[32] = other;
+        top = fmaxf(fmaxf(top, score), other);
       }
-      if (i < 0) continue;
-      float2 scores[kAtOnce];
+    }
+    const bool again = __any_sync(0xffffffffu, strange);
+    if (!again) found.scores.add({top, 0, candidates});
+      // The others, or all of them with care.
+#pragma unroll 1
+    for (int i = again ? begin : plain_end, upto; i < end; i = upto) {
+      upto = min(i + kGroups, end);
+      const auto first = [&](int g) { return first_of(i + g, upto - 1); };
+      GroupScores scores[kGroups];
+      scorer.score(scorer.load_within(first, sight.begin, sight.end), first, scores);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) scores[j] = coded_query.scores(now[j]);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (i + j >= count) break;
-        store(i + j, members.group(i + j) * kGroupKeys, GroupScores{{scores[j].x, scores[j].y}});
+      for (int g = 0; g < kGroups; ++g) {
+        if (i + g >= upto) continue;
+        const GroupScores right = scorer.mended(scores[g], first(g), sight.begin, sight.end);
+        float* place = &members.score((i + g) * members.of_group());
+        found.scores.add(
+            keep_some(sight, first(g), right.of_half[0], right.of_half[1], place, found.near));
       }
     }
   }

@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
+#include "csrc/cuda/ptx/mad_wide.cuh"
 #include "csrc/cuda/select/coded_keys.cuh"
 #include "csrc/cuda/select/problem.cuh"
 
@@ -11,6 +12,11 @@ namespace rtpurbo::cuda {
 /// The scores that a lane has of a group: of key `lane` and of key `32 + lane`.
 struct GroupScores {
   float of_half[2];
+
+  /// By all lanes: whether all of theirs are.
+  __device__ bool are_finite() const {
+    return __all_sync(0xffffffffu, fabsf(of_half[0]) < INFINITY && fabsf(of_half[1]) < INFINITY);
+  }
 };
 
 /// Row 0 of the key head that a row's query reads.
@@ -20,10 +26,13 @@ __device__ __forceinline__ const T* key_rows(const SelectParams& p, const HeadsV
   return head_rows<const T>(view, row.batch, p.index_map.heads[row.head]);
 }
 
-/// Keys of 16 dimensions whose rows are aligned to 16 bytes: those of kAtOnce groups are on their
-/// way before the first is needed.
+/// Keys of 16 dimensions whose rows are aligned to 16 bytes, kAtOnce groups at a time.
 template <typename TK, int kAtOnce>
 class WideScorer {
+  struct alignas(16) Key {
+    TK values[16];
+  };
+
  public:
   static constexpr int kGroups = kAtOnce;
   static constexpr bool kScoresCodes = false;
@@ -35,33 +44,52 @@ class WideScorer {
     for (int d = 0; d < 16; ++d) query_[d] = query[d];
   }
 
-  /// Scores the 64 keys from each `first` on; those outside [begin, end) have any score.
-  __device__ void score(const int (&first)[kGroups], int begin, int end,
-                        GroupScores (&scores)[kGroups]) const {
-    Key loaded[kGroups][2];
+  struct Loaded {
+    Key keys[kGroups][2];
+  };
+
+  /// The 64 keys from each first(g) on.
+  template <typename First>
+  __device__ Loaded load(const First& first) const {
+    return load_within(first, 0, INT32_MAX);
+  }
+
+  /// The same, with others in the place of those outside [begin, end).
+  template <typename First>
+  __device__ Loaded load_within(const First& first, int begin, int end) const {
+    Loaded loaded;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int n = first[g] + half * 32 + static_cast<int>(threadIdx.x) % 32;
-        loaded[g][half] = key(min(max(n, begin), end - 1));
+        const int n = first(g) + half * 32 + static_cast<int>(threadIdx.x) % 32;
+        loaded.keys[g][half] = key(min(max(n, begin), end - 1));
       }
     }
+    return loaded;
+  }
+
+  /// Their scores.
+  template <typename First>
+  __device__ void score(const Loaded& loaded, const First& /*first*/,
+                        GroupScores (&scores)[kGroups]) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) scores[g].of_half[half] = dot(loaded[g][half]);
+      for (int half = 0; half < 2; ++half) scores[g].of_half[half] = dot(loaded.keys[g][half]);
     }
+  }
+
+  /// The scores of a group as they should be, even where a key is not finite.
+  __device__ GroupScores mended(const GroupScores& scores, int /*first*/, int /*begin*/,
+                                int /*end*/) const {
+    return scores;
   }
 
   /// The score of key n as k_index has it; with `refine` of any key.
   __device__ float of_key(int n) const { return dot(key(n)); }
 
  private:
-  struct alignas(16) Key {
-    TK values[16];
-  };
-
   __device__ const Key& key(int n) const {
     return *reinterpret_cast<const Key*>(keys_ + n * stride_);
   }
@@ -78,6 +106,64 @@ class WideScorer {
   float query_[16];
 };
 
+/// Blocks of codes of 16 dimensions, packed; a scan keeps up with the memory when each warp scores
+/// four 4-bit blocks, or two 8-bit ones, while as many are on their way.
+template <int kBits>
+class CodedScorer {
+  using Block = CodedBlock<kBits>;
+
+ public:
+  static constexpr int kGroups = kBits == 4 ? 4 : 2;
+
+  __device__ CodedScorer(const SelectParams& p, const Row& row, const float* query)
+      : query_(query, threadIdx.x % 32),
+        codes_(key_rows<uint8_t>(p, p.codes, row)),
+        ranges_(key_rows<__half>(p, p.ranges, row)) {}
+
+  struct Loaded {
+    Block blocks[kGroups];
+  };
+
+  template <typename First>
+  __device__ Loaded load(const First& first) const {
+    Loaded loaded;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int block = first(g) / kGroupKeys;
+      loaded.blocks[g] = Block::load(
+          ptx::offset_by(codes_, block, Block::kBytes),
+          ptx::offset_by(ranges_, block, Block::kRanges * static_cast<int>(sizeof(__half))),
+          threadIdx.x % 32);
+    }
+    return loaded;
+  }
+
+  template <typename First>
+  __device__ Loaded load_within(const First& first, int /*begin*/, int /*end*/) const {
+    return load(first);
+  }
+
+  template <typename First>
+  __device__ void score(const Loaded& loaded, const First& /*first*/,
+                        GroupScores (&scores)[kGroups]) const {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float2 pair = query_.scores(loaded.blocks[g]);
+      scores[g] = {{pair.x, pair.y}};
+    }
+  }
+
+  __device__ GroupScores mended(const GroupScores& scores, int /*first*/, int /*begin*/,
+                                int /*end*/) const {
+    return scores;
+  }
+
+ private:
+  const CodedQuery<kBits> query_;
+  const uint8_t* const codes_;
+  const __half* const ranges_;
+};
+
 /// Keys, and codes, of any dimension and stride.
 template <typename TK>
 class AnyScorer {
@@ -88,11 +174,31 @@ class AnyScorer {
   __device__ AnyScorer(const SelectParams& p, const Row& row, const float* query)
       : p_(p), row_(row), query_(query), dim_(static_cast<int>(p.dim)) {}
 
-  __device__ void score(const int (&first)[1], int begin, int end, GroupScores (&scores)[1]) const {
+  struct Loaded {
+    int begin, end;
+  };
+
+  template <typename First>
+  __device__ Loaded load(const First& /*first*/) const {
+    return {0, INT32_MAX};
+  }
+
+  template <typename First>
+  __device__ Loaded load_within(const First& /*first*/, int begin, int end) const {
+    return {begin, end};
+  }
+
+  template <typename First>
+  __device__ void score(const Loaded& within, const First& first, GroupScores (&scores)[1]) const {
     for (int half = 0; half < 2; ++half) {
-      const int n = first[0] + half * 32 + static_cast<int>(threadIdx.x) % 32;
-      scores[0].of_half[half] = n >= begin && n < end ? dot(n) : 0.0f;
+      const int n = first(0) + half * 32 + static_cast<int>(threadIdx.x) % 32;
+      scores[0].of_half[half] = dot(min(max(n, within.begin), within.end - 1));
     }
+  }
+
+  __device__ GroupScores mended(const GroupScores& scores, int /*first*/, int /*begin*/,
+                                int /*end*/) const {
+    return scores;
   }
 
   /// The score of key n as k_index has it; with `refine` of any key.

@@ -12,11 +12,19 @@ constexpr int kBinFraction = 17;
 constexpr int kMostAtOnce = 32764;
 
 class Weigh {
-  static constexpr int kCopies = 4;  // of the histogram: lanes of one bin collide less often
+  static constexpr int kCopies = 4;         // of the histogram: lanes of one bin collide less often
+  static constexpr int kSlots = kBins + 1;  // the last one for what is no member
 
  public:
+  /// A weight up to 1 in units of the bins, rounded to the nearest.
+  static __device__ __forceinline__ uint32_t units_of(float weight) {
+    constexpr float kUnitsAreOnes = 1 << 23;
+    return __float_as_uint(fmaf(weight, 1 << kBinFraction, kUnitsAreOnes)) -
+           __float_as_uint(kUnitsAreOnes);
+  }
+
   struct Shared {
-    uint32_t mass[kCopies][kBins], count[kCopies][kBins];
+    uint32_t mass[kCopies][kSlots], count[kCopies][kSlots];
   };
 
   /// Adds this block's members to the team's histogram.
@@ -27,7 +35,7 @@ class Weigh {
     uint32_t* count = shared.count[threadIdx.x % kCopies];
 #pragma unroll 1
     for (int begin = 0; begin < members.room(); begin += kStep) {
-      for (int i = threadIdx.x; i < kCopies * kBins; i += kSelectThreads) {
+      for (int i = threadIdx.x; i < kCopies * kSlots; i += kSelectThreads) {
         shared.mass[0][i] = shared.count[0][i] = 0;
       }
       __syncthreads();
@@ -35,12 +43,11 @@ class Weigh {
       for_each_four(members, begin, end, [&](int, const float(&scores)[4]) {
 #pragma unroll
         for (const float score : scores) {
-          if (score == -INFINITY) continue;
           const float below = bins_below(top, score);
           const int bin = bin_of(below);
-          const float weight = weight_in_bin(below, bin) * (1 << kBinFraction);
-          atomicAdd(&mass[bin], __float2uint_rn(weight));
-          atomicAdd(&count[bin], 1u);
+          const int slot = score == -INFINITY ? kBins : bin;
+          atomicAdd(&mass[slot], units_of(weight_in_bin(below, bin)));
+          atomicAdd(&count[slot], 1u);
         }
       });
       __syncthreads();

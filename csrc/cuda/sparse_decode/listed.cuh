@@ -28,12 +28,14 @@ class BlockList {
     for_each_chosen(selection, members_, members_.count(), [&](int i, uint32_t in) {
       mark_chosen(members_, i, in, block_size_, selected);
       if (!__any_sync(0xffffffffu, in)) return;
+      const int4 positions = members_.four_positions(i);
+      const int32_t position[4] = {positions.x, positions.y, positions.z, positions.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool chosen = in >> e & 1;
         const uint32_t lanes = __ballot_sync(0xffffffffu, chosen);
         const int place = own_ + __popc(lanes & ((1u << lane) - 1));
-        if (chosen) members_.score(place) = __int_as_float(members_.position(i + e));
+        if (chosen) members_.score(place) = __int_as_float(position[e]);
         own_ += __popc(lanes);
       }
     });
