@@ -91,7 +91,8 @@ class Step:
         batch, _, keys, _ = self.k.shape
         read = len(set(self.owners)) * ROW
         index_key = INDEX_DIM * self.bits // 8
-        fewest = fewest_to_select_from(batch, len(self.retrieval), read, index_key)
+        heads, floor = len(self.retrieval), self.floor * ROW
+        fewest = fewest_to_select_from(batch, heads, read, index_key, floor)
         return keys - WINDOW - SINKS >= fewest
 
     def whole(self) -> Tensor:

@@ -33,7 +33,7 @@ TILE_RANK: Literal["sum", "max"] = "max"
 """Lists of equal size hold as much mass by either rank; maxima cost a fifth on Hopper."""
 _MIN_TILE_BLOCKS = 4
 SPARED_BYTES = 1 << 27
-"""What a selection must spare a GPU to read: the time of its stages, about 45 us on an H100."""
+"""What a selection must spare a GPU to read: the time of its stages, 30 to 45 us on Hopper."""
 SCORE_BYTES = 32
 """What a GPU reads while it ranks one score of a retrieval head, the index key aside."""
 
@@ -242,18 +242,22 @@ def _select_from(context: LayerContext, q: Tensor) -> int:
     if q.device.type != "cuda":
         return 1
     batch, _, _, dim = q.shape
-    read = len(context.full_kv_heads) * 2 * dim * q.element_size()
+    row = 2 * dim * q.element_size()
     index_key = config.index_dim * config.index_bits // 8
-    return fewest_to_select_from(batch, len(context.heads), read, index_key)
+    floor = config.min_tokens * row
+    heads = len(context.heads)
+    return fewest_to_select_from(batch, heads, len(context.full_kv_heads) * row, index_key, floor)
 
 
-def fewest_to_select_from(batch: int, heads: int, read: int, index_key: int) -> int:
+def fewest_to_select_from(batch: int, heads: int, read: int, index_key: int, floor: int) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
-    `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans.
+    `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans;
+    `floor`: bytes of keys and values that a retrieval head reads at least.
     """
     spared = batch * (read - heads * (index_key + SCORE_BYTES))
-    return SPARED_BYTES // spared + 1 if spared > 0 else sys.maxsize
+    least = SPARED_BYTES + batch * heads * floor
+    return least // spared + 1 if spared > 0 else sys.maxsize
 
 
 def _project(context: LayerContext, needed: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -116,14 +116,15 @@ def test_few_far_keys_are_all_read():
 
 
 def test_a_gpu_selects_where_reading_all_keys_costs_more():
-    model = rtpurbo.sparsify(tiny(), config(index_bits=8))
+    model = rtpurbo.sparsify(tiny(), config(index_bits=8, min_tokens=1000))
     context = state(model).layers[0]
     q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
     least = _select_from(context, q)
     assert len(context.full_kv_heads) == 2
     # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte
     spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
-    assert (least - 1) * spared <= SPARED_BYTES < least * spared
+    listed = 2 * 3 * 1000 * 2 * 128 * 2
+    assert (least - 1) * spared <= SPARED_BYTES + listed < least * spared
     q.device = torch.device("cpu")
     assert _select_from(context, q) == 1
     q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
