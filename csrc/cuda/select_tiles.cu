@@ -22,8 +22,8 @@ using tiles::Workspace;
 constexpr int64_t kBytesAtOnce = 576 << 20;
 constexpr int64_t kBand = 4;
 constexpr int64_t kPortableChunk = 64;
-constexpr int64_t kBlocksOfFewThreads = 4096;  // many short lists: more of them at a time
 constexpr int64_t kMaxGrid = INT32_MAX;
+constexpr int64_t kMostKeptBytes = 88 << 10;  // every device has that much for a thread block
 
 /// Without block sizes and tiles beyond what there is.
 SelectTilesParams normalised(SelectTilesParams p) {
@@ -136,6 +136,19 @@ cudaError_t launch_scores(const SelectTilesParams& p, const Workspace& w, cudaSt
       p.k_type, [&](auto element) { return launch_plain_scores<decltype(element)>(p, w, stream); });
 }
 
+cudaError_t launch_choose(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
+  const int64_t bytes = w.blocks * static_cast<int64_t>(sizeof(float));
+  const bool keeps_weights = bytes <= kMostKeptBytes;
+  const int shared = keeps_weights ? static_cast<int>(bytes) : 0;
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          tiles::choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
+    return error;
+  }
+  const auto grid = static_cast<unsigned>(w.pairs * w.tiles);
+  tiles::choose_kernel<<<grid, tiles::kChooseThreads, shared, stream>>>(p, w, keeps_weights);
+  return cudaGetLastError();
+}
+
 cudaError_t launch_slots(const SelectTilesParams& p, const Workspace& w, cudaStream_t stream) {
   if (const cudaError_t error = launch_scores(p, w, stream)) return error;
   const int64_t slots = w.pairs * w.tiles;
@@ -148,12 +161,7 @@ cudaError_t launch_slots(const SelectTilesParams& p, const Workspace& w, cudaStr
                                          : tiles::pool_kernel<tiles::Floats, 0>);
   pool<<<grid(slots * divide_up(w.blocks, tiles::kPoolBlocks)), tiles::kPoolThreads, 0, stream>>>(
       p, w);
-  if (w.blocks > kBlocksOfFewThreads) {
-    tiles::choose_kernel<1024><<<grid(slots), 1024, 0, stream>>>(p, w);
-  } else {
-    tiles::choose_kernel<256><<<grid(slots), 256, 0, stream>>>(p, w);
-  }
-  return cudaGetLastError();
+  return launch_choose(p, w, stream);
 }
 
 }  // namespace

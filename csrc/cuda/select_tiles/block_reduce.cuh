@@ -34,13 +34,15 @@ class BlockReduce {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const ShareCount total = lanes_sum<32>(own[i]);
+      const ShareCount total{lanes_sum<32>(own[i].share), __reduce_add_sync(kAll, own[i].count)};
       if (lane == 0) parts[i][warp] = total;
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      own[i] = lanes_sum<kWarps>(parts[i][lane % kWarps]);
+      const ShareCount part = parts[i][lane % kWarps];
+      own[i] = {lanes_sum<kWarps>(part.share),
+                __reduce_add_sync(kAll, lane < kWarps ? part.count : 0)};
     }
   }
 
@@ -72,12 +74,9 @@ class BlockReduce {
 
   /// Over groups of kLanes lanes, in each of them.
   template <int kLanes>
-  static __device__ ShareCount lanes_sum(ShareCount own) {
+  static __device__ float lanes_sum(float own) {
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      own.share += __shfl_xor_sync(kAll, own.share, step);
-      own.count += __shfl_xor_sync(kAll, own.count, step);
-    }
+    for (int step = kLanes / 2; step > 0; step /= 2) own += __shfl_xor_sync(kAll, own, step);
     return own;
   }
 

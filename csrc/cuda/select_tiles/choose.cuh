@@ -17,13 +17,17 @@ struct Cut {
   float share;
 };
 
-template <int kThreads>
+constexpr int kChooseThreads = 256;
+
 class Chooser {
+  static constexpr int kThreads = kChooseThreads;
+
  public:
   using Reduce = BlockReduce<kThreads>;
 
+  /// `candidates` has room for the weights of that many, or is null.
   __device__ Chooser(const SelectTilesParams& p, const Workspace& w, int64_t slot,
-                     typename Reduce::Shared& shared)
+                     Reduce::Shared& shared, float* candidates)
       : p_(p),
         tile_(tile_of(p, w, slot)),
         visible_(tile_.visible_blocks()),
@@ -32,12 +36,14 @@ class Chooser {
         weights_(w.weights + slot * w.blocks),
         totals_(w.totals + w.row(slot, 0)),
         near_lse_(w.near_lse + w.row(slot, 0)),
-        reduce_(shared) {}
+        reduce_(shared),
+        kept_(candidates) {}
 
   __device__ void run() {
     const int64_t place = (tile_.batch * p_.heads + tile_.head) * p_.all_tiles + tile_.number;
     indices_ = p_.indices_ptr + place * p_.capacity;
     if (tile_.empty()) return finish(place, 0, 0, 1.0f);
+    keep_candidates();
     const float forced_share = forced();
     const int all = candidates_.end - candidates_.begin;
     const int forced_count = visible_.end - visible_.begin - all;
@@ -52,7 +58,20 @@ class Chooser {
 
  private:
   __device__ float weight(int block) const { return far_.has(block) ? weights_[block] : 0.0f; }
-  __device__ uint32_t bits(int block) const { return __float_as_uint(weight(block)); }
+  /// Of a candidate's weight.
+  __device__ uint32_t bits(int block) const {
+    return __float_as_uint(kept_ ? kept_[block - candidates_.begin] : weight(block));
+  }
+
+  /// They are read again and again. A thread reads its own ones until a barrier has passed.
+  __device__ void keep_candidates() {
+    if (!kept_) return;
+#pragma unroll 4
+    for (int b = candidates_.begin + static_cast<int>(threadIdx.x); b < candidates_.end;
+         b += kThreads) {
+      kept_[b - candidates_.begin] = weight(b);
+    }
+  }
 
   /// Mean share of the near keys and of the forced blocks' far ones.
   __device__ float forced() {
@@ -68,17 +87,29 @@ class Chooser {
     return near + reduce_.sum(own).share;
   }
 
-  /// Shares and numbers of the candidates whose bits are at least `first`, `first` + step, ..
+  __device__ ShareCount all_candidates() {
+    ShareCount own;
+#pragma unroll 4
+    for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kThreads) {
+      own.share += __uint_as_float(bits(b));
+      ++own.count;
+    }
+    return reduce_.sum(own);
+  }
+
+  /// Of the candidates with bits in [in, out): shares and numbers of those from `in` + step, in + 2
+  /// step, .. on.
   template <int kCount>
-  __device__ void at_least(uint32_t first, uint32_t step, ShareCount (&found)[kCount]) {
+  __device__ void at_least(uint32_t in, uint32_t out, uint32_t step, ShareCount (&found)[kCount]) {
 #pragma unroll
     for (ShareCount& f : found) f = {};
 #pragma unroll 4
     for (int b = candidates_.begin + threadIdx.x; b < candidates_.end; b += kThreads) {
       const uint32_t own = bits(b);
+      if (own - in >= out - in) continue;  // soon most
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (own < first + i * step) break;
+        if (own - in < (i + 1) * step) continue;
         found[i].share += __uint_as_float(own);
         ++found[i].count;
       }
@@ -92,30 +123,30 @@ class Chooser {
       return found.share >= missing && found.count >= p_.min_blocks;
     };
     if (enough({})) return {UINT32_MAX, 0, 0, 0.0f};
-    ShareCount all[1];
-    at_least(0, 0, all);
-    if (!enough(all[0])) return {0, 0, all[0].count, all[0].share};
     // Candidates from the bits `in` on suffice, those from `out` on do not: shares are below 2.
-    ShareCount found_in = all[0], found_out;
+    ShareCount found_in = all_candidates(), found_out;
+    if (!enough(found_in)) return {0, 0, found_in.count, found_in.share};
     uint32_t in = 0, out = __float_as_uint(2.0f);
     // One candidate between the two is the last one in.
     while (out - in > 1 && found_in.count - found_out.count > 1) {
       constexpr int kWays = Reduce::kMost;
       const uint32_t step = max(1u, (out - in) / (kWays + 1));
       ShareCount found[kWays];
-      at_least(in + step, step, found);
-      const uint32_t first = in;
+      at_least(in, out, step, found);
+      const uint32_t first = in, end = out;
+      const ShareCount above = found_out;
 #pragma unroll
       for (int i = 0; i < kWays; ++i) {
         const uint32_t tried = first + (i + 1) * step;
-        if (tried >= out) break;
-        if (!enough(found[i])) {
+        if (tried >= end) break;
+        const ShareCount reached{above.share + found[i].share, above.count + found[i].count};
+        if (!enough(reached)) {
           out = tried;
-          found_out = found[i];
+          found_out = reached;
           break;
         }
         in = tried;
-        found_in = found[i];
+        found_in = reached;
       }
     }
     if (found_in.count - found_out.count == 1) return {in, 0, found_in.count, found_in.share};
@@ -171,14 +202,16 @@ class Chooser {
   const float* totals_;
   const float* near_lse_;
   Reduce reduce_;
+  float* const kept_;
   int32_t* indices_ = nullptr;
 };
 
-template <int kThreads>
-__global__ __launch_bounds__(kThreads) void choose_kernel(
-    const __grid_constant__ SelectTilesParams p, const __grid_constant__ Workspace w) {
-  __shared__ typename Chooser<kThreads>::Reduce::Shared shared;
-  Chooser<kThreads>(p, w, blockIdx.x, shared).run();
+__global__ __launch_bounds__(kChooseThreads) void choose_kernel(
+    const __grid_constant__ SelectTilesParams p, const __grid_constant__ Workspace w,
+    const bool keeps_weights) {
+  __shared__ Chooser::Reduce::Shared shared;
+  extern __shared__ float candidates[];
+  Chooser(p, w, blockIdx.x, shared, keeps_weights ? candidates : nullptr).run();
 }
 
 }  // namespace rtpurbo::cuda::tiles
