@@ -85,12 +85,20 @@ bool shares_loads(const DecodeParams& p) {
 
 int decode_splits(const DecodeParams& params, int sm_count) {
   constexpr int64_t kTile = kTileKeys * kWarps;
-  constexpr int64_t kBlocksOfSm = 2;
+  const int64_t tiles = divide_up(most_keys(params), kTile);
+  // To merge takes longer than a second tile.
+  constexpr int64_t kFewTiles = 2;
+  if (tiles <= kFewTiles && params.slots_count == params.heads) return 1;
   // Rounded down: one block too many would double the time.
-  const int64_t wanted =
-      kBlocksOfSm * sm_count / std::max<int64_t>(1, params.batch * params.sets_count);
-  return static_cast<int>(std::max<int64_t>(
-      1, std::min({wanted, divide_up(most_keys(params), kTile), kMostParts / 2})));
+  const auto blocks_of_sm = [&](int64_t count) {
+    return count * sm_count / std::max<int64_t>(1, params.batch * params.sets_count);
+  };
+  // Where two blocks on a multiprocessor would have few tiles each, one has as many on their way,
+  // and there is less to merge.
+  constexpr int64_t kTilesOfTwo = 4;
+  const int64_t two = blocks_of_sm(2);
+  const int64_t wanted = tiles < kTilesOfTwo * two ? blocks_of_sm(1) : two;
+  return static_cast<int>(std::max<int64_t>(1, std::min({wanted, tiles, kMostParts / 2})));
 }
 
 size_t decode_workspace(const DecodeParams& params) {

@@ -33,6 +33,9 @@ struct MmaTile {
   }
 };
 
+/// Dimensions that a thread puts together at the end, 16 bytes of an output.
+constexpr int kRun = 8;
+
 /// By all 32 kWarps threads of a block, with kSharedBytes of shared memory.
 template <typename T, int kDim, int kWarps, int kStages, bool kAllKinds>
 __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
@@ -161,10 +164,10 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       }
       const float new_top = fmaxf(top[h], largest);
       const float base = softmax_shift(new_top);
-      shrink[h] = exp2f(top[h] - base);
+      shrink[h] = fast_exp2(top[h] - base);
       top[h] = new_top;
-      weight[0][h] = exp2f(first - base);
-      weight[1][h] = exp2f(second - base);
+      weight[0][h] = fast_exp2(first - base);
+      weight[1][h] = fast_exp2(second - base);
       total[h] = total[h] * shrink[h] + weight[0][h] + weight[1][h];
     }
     if (shrink[0] != 1.0f || shrink[1] != 1.0f) {
@@ -213,30 +216,43 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   }
   __syncthreads();
   const int64_t place = (batch * p.splits + split) * p.slots_count + set.first_slot;
-  for (int i = threadIdx.x; i < set.heads_count * kDim; i += 32 * kWarps) {
-    const int head = i / kDim, d = i % kDim;
+  constexpr int kRuns = kDim / kRun;
+  for (int i = threadIdx.x; i < set.heads_count * kRuns; i += 32 * kWarps) {
+    const int head = i / kRuns, d = i % kRuns * kRun;
+    float2 stats[kWarps];
     float largest = -INFINITY;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      largest = fmaxf(largest, warp_stats[w * DecodeSet::kMaxHeads + head].x);
+      stats[w] = warp_stats[w * DecodeSet::kMaxHeads + head];
+      largest = fmaxf(largest, stats[w].x);
     }
     const float base = softmax_shift(largest);
-    float sum = 0.0f, all = 0.0f;
+    alignas(16) float sums[kRun] = {};
+    float all = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const int from = w * DecodeSet::kMaxHeads + head;
-      const float2 stats = warp_stats[from];
-      const float share = exp2f(stats.x - base);
-      sum += share * warp_out[from * Tile::kSumStride + d];
-      all += share * stats.y;
+      const float share = fast_exp2(stats[w].x - base);
+      all += share * stats[w].y;
+      const float* from = warp_out + (w * DecodeSet::kMaxHeads + head) * Tile::kSumStride + d;
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) sums[j] += share * from[j];
     }
     if (kAllKinds && p.has_whole_heads()) {
       const int64_t number = p.slot_heads[set.first_slot + head];
-      head_rows<T>(p.out, batch, number)[d] = from_float<T>(all == 0.0f ? 0.0f : sum / all);
+      const float scale_out = all == 0.0f ? 0.0f : 1.0f / all;
+      alignas(16) uint32_t packed[kRun / 2];
+#pragma unroll
+      for (int j = 0; j < kRun / 2; ++j) {
+        packed[j] = ptx::pack_pair<T>(sums[2 * j] * scale_out, sums[2 * j + 1] * scale_out);
+      }
+      *reinterpret_cast<uint4*>(head_rows<T>(p.out, batch, number) + d) =
+          *reinterpret_cast<const uint4*>(packed);
       if (d == 0) p.lse_ptr[batch * p.heads + number] = lse_of_octaves(largest, all);
       continue;
     }
-    partials.sums[(place + head) * kDim + d] = sum;
+    float4* to = reinterpret_cast<float4*>(partials.sums + (place + head) * kDim + d);
+#pragma unroll
+    for (int j = 0; j < kRun / 4; ++j) to[j] = reinterpret_cast<const float4*>(sums)[j];
     if (d == 0) partials.stats[place + head] = make_float2(largest, all);
   }
 }
