@@ -20,6 +20,7 @@ PROPERTIES = [
     select.test_select_sets,
     select.test_hidden_keys_are_never_read,
     select.test_a_nan_selects_every_far_key,
+    select.test_keys_of_minus_infinity_are_no_candidates,
     select_tiles.test_tile_lists,
     quantize_index.test_sets_are_those_of_the_float64_scores,
     refine.test_sets_are_those_of_the_rule,

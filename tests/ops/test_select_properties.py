@@ -95,6 +95,26 @@ def test_a_nan_selects_every_far_key(arguments, p, where, block_size):
     assert (counts == len((far // block_size).unique())).all() and mass.isnan().all()
 
 
+@given(
+    arguments=selections(),
+    p=st.floats(0.01, 1.0) | st.just(1.0),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_keys_of_minus_infinity_are_no_candidates(arguments, p, share, seed):
+    q_index, k_index = arguments["q_index"], arguments["k_index"]
+    q_index.abs_().add_(0.1)
+    lost = torch.rand(k_index.shape[2], generator=torch.Generator().manual_seed(seed)) < share
+    k_index[:, :, lost, 0] = -torch.inf
+    indices, counts, mass = ops.select(**arguments, p=p, min_tokens=1)
+    logits = index_logits(q_index, k_index, arguments["index_map"], arguments["offset"])
+    seen, close, _ = seen_near_and_forced(arguments, logits)
+    candidates = (seen & ~close & ~lost).sum(-1)[:, None].expand_as(counts)
+    assert not mass[candidates > 0].isnan().any() and not lost[indices[indices >= 0]].any()
+    assert (counts == candidates).all() if p == 1.0 else (counts <= candidates).all()
+    assert ((counts > 0) == (candidates > 0)).all()
+
+
 def test_a_floor_of_any_size_takes_everything():
     q_index, k_index = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 100, 4)
     _, counts, _ = ops.select(q_index, k_index, [0], 0.1, 1, 0, 2**63 - 1, block_size=16)
