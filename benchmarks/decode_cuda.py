@@ -1,4 +1,4 @@
-"""One decoded token of a layer on the GPU: `sparse_decode` against dense SDPA, and its three parts.
+"""One decoded token of a layer on the GPU: `sparse_decode` against dense SDPA, and its parts.
 
 The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
 Inputs rotate, so that from 8K keys on little of a window is still in the L2 cache; times are of

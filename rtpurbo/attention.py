@@ -245,18 +245,21 @@ def _select_from(context: LayerContext, q: Tensor) -> int:
     row = 2 * dim * q.element_size()
     index_key = config.index_dim * config.index_bits // 8
     floor = config.min_tokens * row
-    heads = len(context.heads)
-    return fewest_to_select_from(batch, heads, len(context.full_kv_heads) * row, index_key, floor)
+    heads, read = len(context.heads), len(context.full_kv_heads) * row
+    return fewest_to_select_from(batch, heads, read, index_key, floor, refine=config.refine)
 
 
-def fewest_to_select_from(batch: int, heads: int, read: int, index_key: int, floor: int) -> int:
+def fewest_to_select_from(
+    batch: int, heads: int, read: int, index_key: int, floor: int, refine: bool = False
+) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
     `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans;
-    `floor`: bytes of keys and values that a retrieval head reads at least.
+    `floor`: bytes of keys and values that a retrieval head reads at least. To refine takes three
+    launches in the place of one.
     """
     spared = batch * (read - heads * (index_key + SCORE_BYTES))
-    least = SPARED_BYTES + batch * heads * floor
+    least = SPARED_BYTES * (2 if refine else 1) + batch * heads * floor
     return least // spared + 1 if spared > 0 else sys.maxsize
 
 

@@ -119,6 +119,11 @@ def random_lists(generator: torch.Generator, *shape: int, blocks: int) -> tuple[
     return indices, torch.where(dense, -1, counts)
 
 
+def starts(keys: int) -> st.SearchStrategy[int]:
+    """First real keys, also where no key is real and 32 bits do not hold them."""
+    return st.integers(0, keys) | st.sampled_from([2**31, 2**32 + 1])
+
+
 @st.composite
 def selections(draw: st.DrawFn, max_rows: int = 6, max_keys: int = 300) -> dict:
     """Arguments of select or select_tiles, without p and floors."""
@@ -140,7 +145,7 @@ def selections(draw: st.DrawFn, max_rows: int = 6, max_keys: int = 300) -> dict:
         index_map=index_map,
         window=draw(st.integers(1, 20) | st.integers(1, max_keys)),
         sinks=draw(st.integers(0, 5)),
-        start=draw(st.none() | st.tuples(*[st.integers(0, keys)] * batch).map(torch.tensor)),
+        start=draw(st.none() | st.tuples(*[starts(keys)] * batch).map(torch.tensor)),
         offset=torch.randn(len(index_map), generator=generator) if draw(st.booleans()) else None,
     )
     if draw(st.booleans()):

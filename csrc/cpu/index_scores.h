@@ -38,8 +38,8 @@ template <typename Accum>
 Accum log_add(Accum a, Accum b) {
   if (a != a || b != b) return a + b;
   const Accum top = std::max(a, b);
-  return top + std::log(std::exp(a - finite_shift(top)) + std::exp(b - finite_shift(top))) -
-         (top - finite_shift(top));
+  if (std::isinf(top)) return top;
+  return top + std::log(std::exp(a - top) + std::exp(b - top));
 }
 
 /// The keys of one head: first `codes`, then `rows`.

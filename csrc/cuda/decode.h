@@ -55,7 +55,7 @@ struct DecodeParams {
 /// Whether the heads of a set share their loads: on the tensor cores of the current device.
 bool shares_loads(const DecodeParams& params);
 
-/// Splits that fill the device without leaving a block less than a tile of keys.
+/// Into how many parts the keys of each set are split: for a part there is a tile of keys at least.
 int decode_splits(const DecodeParams& params, int sm_count);
 
 /// Bytes of workspace for params.splits splits.

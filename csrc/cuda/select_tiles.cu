@@ -23,7 +23,7 @@ constexpr int64_t kBytesAtOnce = 576 << 20;
 constexpr int64_t kBand = 4;
 constexpr int64_t kPortableChunk = 64;
 constexpr int64_t kMaxGrid = INT32_MAX;
-constexpr int64_t kMostKeptBytes = 88 << 10;  // every device has that much for a thread block
+constexpr int kMostKeptBytes = 88 << 10;  // every device has that much for a thread block
 
 /// Without block sizes and tiles beyond what there is.
 SelectTilesParams normalised(SelectTilesParams p) {
@@ -140,8 +140,9 @@ cudaError_t launch_choose(const SelectTilesParams& p, const Workspace& w, cudaSt
   const int64_t bytes = w.blocks * static_cast<int64_t>(sizeof(float));
   const bool keeps_weights = bytes <= kMostKeptBytes;
   const int shared = keeps_weights ? static_cast<int>(bytes) : 0;
+  // Always the same limit: another thread may be launching.
   if (const cudaError_t error = cudaFuncSetAttribute(
-          tiles::choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
+          tiles::choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostKeptBytes)) {
     return error;
   }
   const auto grid = static_cast<unsigned>(w.pairs * w.tiles);

@@ -38,7 +38,7 @@ struct Sets {
 template <typename T, int kDim, int kBlocks>
 struct Shape {
   using Stages = Selector<HalfScorer<2>>;
-  using Listed = ListedAttention<T, kDim, kBlocks == 1 ? 8 : 4>;
+  using Listed = ListedAttention<T, kDim, 4>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
   struct ListedShared {

@@ -24,7 +24,7 @@ struct MmaTile {
   static constexpr int kQueryBytes = DecodeSet::kMaxHeads * kDim * 2;
   static constexpr int kWarpBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kQueryBytes + kWarps * kWarpBytes;
-  static constexpr int kSumStride = kDim + 4;  // free of bank conflicts
+  static constexpr int kSumStride = kDim + 4;  // writes are free of bank conflicts
   static_assert(kWarpBytes >= DecodeSet::kMaxHeads * kSumStride * 4, "holds the sums at the end");
 
   /// Address of 16-byte chunk c of a row; the swizzle keeps ldmatrix free of bank conflicts.
@@ -32,9 +32,6 @@ struct MmaTile {
     return tile + (row * kRowChunks + (c ^ (row & 7))) * 16;
   }
 };
-
-/// Dimensions that a thread puts together at the end, 16 bytes of an output.
-constexpr int kRun = 8;
 
 /// By all 32 kWarps threads of a block, with kSharedBytes of shared memory.
 template <typename T, int kDim, int kWarps, int kStages, bool kAllKinds>
@@ -216,6 +213,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   }
   __syncthreads();
   const int64_t place = (batch * p.splits + split) * p.slots_count + set.first_slot;
+  constexpr int kRun = 8;  // dimensions that a thread puts together, 16 bytes of an output
   constexpr int kRuns = kDim / kRun;
   for (int i = threadIdx.x; i < set.heads_count * kRuns; i += 32 * kWarps) {
     const int head = i / kRuns, d = i % kRuns * kRun;

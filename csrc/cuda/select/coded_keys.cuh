@@ -44,7 +44,7 @@ struct CodedBlock {
   uint2 minima;              // of dimensions 4t to 4t + 3, t = lane % 4
   __half step;               // of dimension lane - 16; 0 in lanes below
 
-  /// `codes` and `ranges` point to the block, in global or shared memory.
+  /// `codes` and `ranges` point to the block, in global memory.
   __device__ __forceinline__ static CodedBlock load(const uint8_t* codes, const __half* ranges,
                                                     int lane) {
     using Key = std::conditional_t<kBits == 4, uint2, uint4>;

@@ -23,6 +23,7 @@ class HalfScorer {
  public:
   static constexpr int kGroups = kAtOnce;
   static constexpr bool kScoresCodes = false;
+  static constexpr bool kSpoilsNeighbours = true;  // where a key is not finite
 
   __device__ HalfScorer(const SelectParams& p, const Row& row, const float* query)
       : query_(query),
@@ -96,8 +97,8 @@ class HalfScorer {
     }
   }
 
-  /// The scores of a group, of each key by itself where one is not finite: it has spoilt those of
-  /// its neighbours.
+  /// The scores of a group, of each key by itself where one is not finite. These, and those of
+  /// of_key, may differ by rounding from the others.
   __device__ GroupScores mended(const GroupScores& scores, int first, int begin, int end) const {
     if (scores.are_finite()) return scores;
     return one_by_one(keys_, stride_, query_, first, begin, end);

@@ -100,7 +100,7 @@ __device__ __forceinline__ Row row_of(const SelectParams& p, int64_t problem) {
   r.row = number - head_number * rows;
   r.batch = head_number / static_cast<uint32_t>(p.heads);
   r.head = head_number - static_cast<uint32_t>(r.batch) * static_cast<uint32_t>(p.heads);
-  r.start = p.start_ptr ? max(p.start_ptr[r.batch], static_cast<int64_t>(0)) : 0;
+  r.start = p.start_ptr ? min(max(p.start_ptr[r.batch], int64_t{0}), p.keys) : 0;
   r.position = p.keys - p.rows + r.row;
   if (r.position < r.start) {
     r.far_begin = r.far_end = r.start;

@@ -45,11 +45,11 @@ struct ScoreStats {
 
 /// What the keys of a row are to its scan.
 struct Sight {
-  int begin, end;          // keys that are scored; the others are not read
+  int begin, end;          // keys that are scored; scores of others that are read are not used
   int far_begin, far_end;  // those of them that are members
   int keys;
   int block_size;
-  bool is_plain;  // members are keys, and all that are scored
+  bool scores_near;  // not only members
 
   __device__ Sight(const SelectParams& p, const Row& row)
       : begin(static_cast<int>(p.near_is_scored ? row.start : row.far_begin)),
@@ -58,7 +58,7 @@ struct Sight {
         far_end(static_cast<int>(row.far_end)),
         keys(static_cast<int>(p.keys)),
         block_size(static_cast<int>(p.block_size)),
-        is_plain(p.block_size == 1 && !p.near_is_scored) {}
+        scores_near(p.near_is_scored) {}
 
   __device__ bool is_far(int n) const { return n >= far_begin && n < far_end; }
 };
@@ -104,8 +104,6 @@ class Scan {
   /// Scores this block's members of the row; its statistics go to `stats`.
   static __device__ void run(const SelectParams& p, const Row& row, Members& members,
                              Shared& shared, BlockStats& stats) {
-    constexpr int kGroups = Scorer::kGroups;
-    const int lane = threadIdx.x % 32;
     load_query(p, row, shared);
     const Sight sight(p, row);
     members.take(sight.begin, sight.end);
@@ -166,21 +164,29 @@ class Scan {
     constexpr int kGroups = S::kGroups;
     const int lane = threadIdx.x % 32;
     const auto first_of = [&](int i, int last) { return members.group(min(i, last)) * kGroupKeys; };
-    // Groups that may be loaded whole and whose members are keys. No function is called while
+    // Groups that may be loaded whole, and whose members are keys. No function is called while
     // others are on their way: their registers would have to be saved.
-    const int plain_end = sight.is_plain
-                              ? min(max(members.groups_before(sight.keys / kGroupKeys), begin), end)
-                              : begin;
+    const auto among = [&](int key) {
+      return min(max(members.groups_before(key / kGroupKeys), begin), end);
+    };
+    int plain_begin = begin, plain_end = begin;
+    if (sight.block_size == 1 && !sight.scores_near) {
+      plain_end = among(sight.keys);
+    } else if (sight.block_size == 1) {
+      plain_begin = among(sight.far_begin + kGroupKeys - 1);
+      plain_end = max(plain_begin, among(sight.far_end));
+    }
     float top = -INFINITY;
     int candidates = 0;
     bool strange = false;  // a score is not finite
     typename S::Loaded next{};
     // One step ahead: the first pass only loads.
 #pragma unroll 1
-    for (int i = begin < plain_end ? begin - kGroups : plain_end; i < plain_end; i += kGroups) {
+    for (int i = plain_begin < plain_end ? plain_begin - kGroups : plain_end; i < plain_end;
+         i += kGroups) {
       const typename S::Loaded now = next;
       next = scorer.load([&](int g) { return first_of(i + kGroups + g, plain_end - 1); });
-      if (i < begin) continue;
+      if (i < plain_begin) continue;
       GroupScores scores[kGroups];
       scorer.score(
           now, [&](int g) { return first_of(i + g, plain_end - 1); }, scores);
@@ -203,18 +209,27 @@ class Scan {
       }
     }
     const bool again = __any_sync(0xffffffffu, strange);
-    if (!again) found.scores.add({top, 0, candidates});
-      // The others, or all of them with care.
+    if (again) {
+      plain_begin = plain_end = begin;
+    } else {
+      found.scores.add({top, 0, candidates});
+    }
+    // The others, or all of them with care.
 #pragma unroll 1
-    for (int i = again ? begin : plain_end, upto; i < end; i = upto) {
-      upto = min(i + kGroups, end);
+    for (int i = begin, upto; i < end; i = upto) {
+      upto = plain_end;
+      if (i == plain_begin && plain_begin < plain_end) continue;
+      upto = min(i + kGroups, i < plain_begin ? plain_begin : end);
       const auto first = [&](int g) { return first_of(i + g, upto - 1); };
       GroupScores scores[kGroups];
       scorer.score(scorer.load_within(first, sight.begin, sight.end), first, scores);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         if (i + g >= upto) continue;
-        const GroupScores right = scorer.mended(scores[g], first(g), sight.begin, sight.end);
+        GroupScores right = scores[g];
+        if constexpr (S::kSpoilsNeighbours) {
+          right = scorer.mended(right, first(g), sight.begin, sight.end);
+        }
         float* place = &members.score((i + g) * members.of_group());
         found.scores.add(
             keep_some(sight, first(g), right.of_half[0], right.of_half[1], place, found.near));

@@ -36,6 +36,7 @@ class WideScorer {
  public:
   static constexpr int kGroups = kAtOnce;
   static constexpr bool kScoresCodes = false;
+  static constexpr bool kSpoilsNeighbours = false;
 
   __device__ WideScorer(const SelectParams& p, const Row& row, const float* query)
       : keys_(key_rows<TK>(p, p.k_index, row) - p.coded * p.k_index.row_stride),
@@ -80,12 +81,6 @@ class WideScorer {
     }
   }
 
-  /// The scores of a group as they should be, even where a key is not finite.
-  __device__ GroupScores mended(const GroupScores& scores, int /*first*/, int /*begin*/,
-                                int /*end*/) const {
-    return scores;
-  }
-
   /// The score of key n as k_index has it; with `refine` of any key.
   __device__ float of_key(int n) const { return dot(key(n)); }
 
@@ -114,6 +109,7 @@ class CodedScorer {
 
  public:
   static constexpr int kGroups = kBits == 4 ? 4 : 2;
+  static constexpr bool kSpoilsNeighbours = false;
 
   __device__ CodedScorer(const SelectParams& p, const Row& row, const float* query)
       : query_(query, threadIdx.x % 32),
@@ -153,11 +149,6 @@ class CodedScorer {
     }
   }
 
-  __device__ GroupScores mended(const GroupScores& scores, int /*first*/, int /*begin*/,
-                                int /*end*/) const {
-    return scores;
-  }
-
  private:
   const CodedQuery<kBits> query_;
   const uint8_t* const codes_;
@@ -170,6 +161,7 @@ class AnyScorer {
  public:
   static constexpr int kGroups = 1;
   static constexpr bool kScoresCodes = true;
+  static constexpr bool kSpoilsNeighbours = false;
 
   __device__ AnyScorer(const SelectParams& p, const Row& row, const float* query)
       : p_(p), row_(row), query_(query), dim_(static_cast<int>(p.dim)) {}
@@ -194,11 +186,6 @@ class AnyScorer {
       const int n = first(0) + half * 32 + static_cast<int>(threadIdx.x) % 32;
       scores[0].of_half[half] = dot(min(max(n, within.begin), within.end - 1));
     }
-  }
-
-  __device__ GroupScores mended(const GroupScores& scores, int /*first*/, int /*begin*/,
-                                int /*end*/) const {
-    return scores;
   }
 
   /// The score of key n as k_index has it; with `refine` of any key.

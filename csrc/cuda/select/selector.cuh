@@ -1,58 +1,16 @@
 #pragma once
 // The stages of a selection, one after the other, by one block of a team.
 
+#include "csrc/cuda/select/chosen.cuh"
 #include "csrc/cuda/select/finish.cuh"
-#include "csrc/cuda/select/scan.cuh"
+#include "csrc/cuda/select/score_again.cuh"
 
 namespace rtpurbo::cuda {
-
-/// What a team found out about its problem.
-struct Selection {
-  bool everything;  // every candidate is in: p is 1, a score is NaN or infinite, or there is none
-  bool poisoned;
-  float top;  // the largest score
-  Cut cut;
-
-  /// Mass of what is in and of the near keys, as a share of all.
-  __device__ float mass() const {
-    if (poisoned) return NAN;
-    return everything ? 1.0f : static_cast<float>(fmin(1.0, cut.mass / cut.total));
-  }
-};
-
-/// Calls fn(i, in) with bit e of `in` set when member i + e of this warp is in, i a multiple of 4;
-/// by all lanes, for members [0, end). fn may overwrite scores of members up to i's step of 128.
-template <typename Fn>
-__device__ __forceinline__ void for_each_chosen(const Selection& selection, const Members& members,
-                                                int end, const Fn& fn) {
-  for_each_four(members, 0, end, [&](int i, const float(&scores)[4]) {
-    uint32_t in = 0, ties = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool own =
-          selection.everything ? scores[e] != -INFINITY : scores[e] > selection.cut.score;
-      in |= static_cast<uint32_t>(own) << e;
-      ties |= static_cast<uint32_t>(scores[e] == selection.cut.score) << e;
-    }
-    if (ties && !selection.everything) {
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {
-        if (ties >> e & 1) in |= (members.position(i + e) <= selection.cut.index) << e;
-      }
-    }
-    fn(i, in);
-  });
-}
 
 /// With kRefine the choice is made again, among twice its members, with their scores by k_index.
 template <typename Scorer, bool kRefine = false>
 class Selector {
   static constexpr int kHistograms = kRefine ? 2 : 1;
-  static constexpr int kListed = 256;
-  struct Again {
-    typename Scan<Scorer>::Shared scan;
-    int list[kSelectWarps][kListed];
-  };
 
  public:
   struct Shared {
@@ -62,7 +20,7 @@ class Selector {
       FindBin::Shared find_bin;
       Publish::Shared publish;
       Finish::Shared finish;
-      Again again;
+      typename ScoreAgain<Scorer>::Shared again;
     };
     BlockStats stats;
     float near;  // log-mass of the near keys
@@ -115,6 +73,16 @@ class Selector {
           if (threadIdx.x == 32) shared.near = near;
         }
         __syncthreads();
+        if (kRefine && !first && shared.stats.top_key == 0 && !shared.stats.poisoned) {
+          const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
+          found.cut = {.bin = kNoBin,
+                       .score = INFINITY,
+                       .index = -1,
+                       .count = 0,
+                       .mass = near,
+                       .total = near + left_out};
+          return found;
+        }
         const float top = score_of(shared.stats.top_key);
         if (!first) left_out *= exp(fmin(static_cast<double>(found.top) - top, kMostNats));
         found.top = top;
@@ -151,7 +119,7 @@ class Selector {
           bin_mass += w.teams * kBins;
           bin_count += w.teams * kBins;
           __syncthreads();
-          score_again(p, row, members, found, shared, w.stats[blockIdx.x]);
+          ScoreAgain<Scorer>::run(p, row, members, found, shared.again, w.stats[blockIdx.x]);
           team.sync();
         }
       }
@@ -163,66 +131,6 @@ class Selector {
   static constexpr int kChoose = 0;                        // as without kRefine
   static constexpr int kWiden = 1;                         // twice as many members
   static constexpr int kLastPass = kRefine ? 2 : kChoose;  // the choice among them
-
-  /// Scores this block's members of the cut by k_index where codes gave the score; the others have
-  /// none any more. A warp lists its members first, so that lanes wait for their keys together.
-  static __device__ void score_again(const SelectParams& p, const Row& row, Members& members,
-                                     const Selection& found, Shared& shared, BlockStats& stats) {
-    Again& again = shared.again;
-    Scan<Scorer>::load_query(p, row, again.scan);
-    const Scorer scorer(p, row, again.scan.query);
-    const int lane = threadIdx.x % 32;
-    int* list = again.list[threadIdx.x / 32];
-    int listed = 0;
-    ScoreStats own;
-    // One step more than there are members, for what is still listed.
-    for_each_chosen(found, members, members.count() + 128, [&](int i, uint32_t in) {
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {
-        const bool chosen = in >> e & 1;
-        const uint32_t lanes = __ballot_sync(0xffffffffu, chosen);
-        if (chosen) {
-          list[listed + __popc(lanes & ((1u << lane) - 1))] = i + e;
-        } else if (i < members.count()) {
-          members.score(i + e) = -INFINITY;
-        }
-        listed += __popc(lanes);
-      }
-      const bool more = (i & ~127) < members.count();
-      if (more && listed <= kListed - 128) return;
-      __syncwarp();
-#pragma unroll 1
-      for (int j = lane; j < listed; j += 32) {
-        float& score = members.score(list[j]);
-        const int32_t n = members.position(list[j]);
-        if (n < p.coded) score = scorer.of_key(n);
-        own.add(score);
-      }
-      __syncwarp();
-      listed = 0;
-    });
-    Scan<Scorer>::put_stats(own, LogSum{}, false, again.scan, stats);
-  }
 };
-
-/// Sets the bits of the keys of members i to i + 3; every lane is there.
-__device__ __forceinline__ void mark_chosen(const Members& members, int i, uint32_t in,
-                                            int block_size, uint64_t* selected) {
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(selected);
-  if (block_size == 1) {
-    const uint32_t next = __shfl_down_sync(0xffffffffu, in, 1);
-    if (threadIdx.x % 2 == 0 && i < members.count()) {
-      bytes[members.position(i) / 8] = static_cast<uint8_t>(in | next << 4);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int e = 0; e < 4 && i + e < members.count(); ++e) {
-    const int64_t first = static_cast<int64_t>(members.position(i + e)) * (block_size / 8);
-    const uint8_t value = in >> e & 1 ? 0xff : 0;
-#pragma unroll 1
-    for (int b = 0; b < block_size / 8; ++b) bytes[first + b] = value;
-  }
-}
 
 }  // namespace rtpurbo::cuda
