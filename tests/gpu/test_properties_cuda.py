@@ -28,6 +28,7 @@ PROPERTIES = [
     refine.test_nothing_is_refined_where_all_is_selected,
     refine.test_a_nan_selects_every_far_key,
     refine.test_keys_without_codes_are_selected_as_ever,
+    refine.test_equal_keys_tie_whether_they_had_codes_or_not,
     sparse_decode.test_sparse_decode_selects_and_attends,
     sparse_decode.test_sparse_decode_over_rings,
     sparse_decode.test_what_is_not_attended_is_never_read,

@@ -197,3 +197,23 @@ def test_all_that_are_scored_again_are_taken_where_they_do_not_reach_p():
     indices, counts, mass = ops.select(k_index=torch.cat([keys, tail], 2), **arguments)
     assert indices[0, 0, 0, : counts.item()].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
     assert mass.item() == pytest.approx(8 / (8 + 120), abs=1e-3)
+
+
+@given(seed=st.integers(0, 10_000), coded=st.integers(1, 7), floor=st.integers(260, 500))
+def test_equal_keys_tie_whether_they_had_codes_or_not(seed, coded, floor):
+    """A model's first layer sees equal keys wherever a token repeats; all are scored again here."""
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.randint(0, 6, (520,), generator=generator)
+    k_index = torch.randn(6, 16, generator=generator).half()[token][None, None]
+    codes, ranges = ops.quantize_index(k_index[:, :, : coded * BLOCK], 8)
+    q_index = torch.randn(1, 1, 1, 16, generator=generator).half()
+    indices, counts, _ = ops.select(
+        q_index, k_index, [0], 1e-9, 1, 0, floor, near_lse=torch.zeros(1, 1, 1),
+        codes=codes, ranges=ranges, refine=True,
+    )  # fmt: skip
+    assert counts.item() == floor
+    chosen = torch.zeros(len(token), dtype=torch.bool)
+    chosen[indices[0, 0, 0, :floor].long()] = True
+    for one in range(6):
+        own = chosen[:-1][token[:-1] == one]
+        assert own[: own.sum()].all()

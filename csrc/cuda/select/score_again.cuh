@@ -16,8 +16,9 @@ class ScoreAgain {
     int list[kSelectWarps][kListed];
   };
 
-  /// Scores this block's members of the cut by k_index where codes gave the score; the others have
-  /// none any more. A warp lists its members first, so that lanes wait for their keys together.
+  /// Scores this block's members of the cut by k_index, those without codes too, so that equal keys
+  /// tie; the others have none any more. A warp lists its members first, so that lanes wait for
+  /// their keys together.
   static __device__ void run(const SelectParams& p, const Row& row, Members& members,
                              const Selection& found, Shared& shared, BlockStats& stats) {
     Scan<Scorer>::load_query(p, row, shared.scan);
@@ -45,8 +46,7 @@ class ScoreAgain {
 #pragma unroll 1
       for (int j = lane; j < listed; j += 32) {
         float& score = members.score(list[j]);
-        const int32_t n = members.position(list[j]);
-        if (n < p.coded) score = scorer.of_key(n);
+        score = scorer.of_key(members.position(list[j]));
         own.add(score);
       }
       __syncwarp();
