@@ -68,7 +68,7 @@ def main() -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="only against these",
+        help="only against these; none: against nothing",
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/TIME.json")
     parser.add_argument("--plot", type=Path, help="also draw times over keys, .png or .svg")
@@ -110,6 +110,18 @@ def main() -> None:
             "benchmarks: no case was run; no parameters fit --where, or there is no GPU for them"
         )
     print(f"written to {output}")
+    unknown = (
+        choice.baselines
+        - {"none"}
+        - {
+            baseline
+            for results in report["results"].values()
+            for result in results
+            for baseline in (*result["baseline_seconds"], *result["notes"])
+        }
+    )
+    if unknown:
+        raise SystemExit(f"benchmarks: no case has the baseline {', '.join(sorted(unknown))}")
     if arguments.plot:
         from benchmarks.plot import plot  # matplotlib is an extra
 

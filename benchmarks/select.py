@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.eager import pooled_shares
 from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 
@@ -21,21 +22,6 @@ def sorted_top_p(q_index: Tensor, k_index: Tensor, near_lse: Tensor) -> tuple[Te
     ranked, order = (scores - total).exp().sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked + (near_lse - total).exp()
     return order + SINKS, (before < P).sum(-1).clamp(min=MIN_TOKENS)
-
-
-def pooled_shares(q_index: Tensor, k_index: Tensor, near_lse: Tensor) -> Tensor:
-    """[B, R, tiles, blocks]: the mean share of each block in each tile, the eager way."""
-    rows, keys = q_index.shape[2], k_index.shape[2]
-    m, n = torch.arange(keys - rows, keys)[:, None], torch.arange(keys)
-    hidden = (n > m) | (n < SINKS) | (m - n < WINDOW)
-    shares = []
-    for head in range(HEADS):
-        scores = q_index[:, head].float() @ k_index[:, head].float().mT * INDEX_DIM**-0.5
-        scores = scores.masked_fill_(hidden, -torch.inf)
-        total = torch.logaddexp(scores.logsumexp(-1), near_lse[:, head])[..., None]
-        tiles = (scores - total).exp_().unflatten(-1, (-1, BLOCK)).sum(-1)
-        shares.append(tiles.unflatten(1, (-1, TILE)).mean(2))
-    return torch.stack(shares, 1)
 
 
 def index_tensors(rows: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +106,10 @@ def select_tiles(wanted: Wanted) -> Iterator[Case]:
                     near_lse,
                     rank=rank,
                 ),
-                baselines={"eager": partial(pooled_shares, q_index, k_index, near_lse)},
+                baselines={
+                    "eager": partial(
+                        pooled_shares, q_index, k_index, near_lse, WINDOW, SINKS, TILE, BLOCK
+                    )
+                },
                 goals={"eager": 2.0},
             )

@@ -9,25 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.eager import pooled_shares
 from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo import ops
 
 INDEX_DIM, WINDOW, SINKS, MIN_BLOCKS, THRESHOLD = 16, 1024, 4, 4, 0.9
 TILE, BLOCK = 128, 64
-
-
-def pooled_shares(q_index: Tensor, k_index: Tensor, near_lse: Tensor) -> Tensor:
-    """[tiles, blocks]: the mean share of each block in each tile, the eager way."""
-    keys = k_index.shape[2]
-    n = torch.arange(keys, device=k_index.device)
-    hidden = (n > n[:, None]) | (n < SINKS) | (n[:, None] - n < WINDOW)
-    scores = (q_index[0, 0] @ k_index[0, 0].mT).float() * INDEX_DIM**-0.5
-    scores = scores.masked_fill_(hidden, -torch.inf)
-    total = torch.logaddexp(scores.logsumexp(-1), near_lse[0, 0])[:, None]
-    shares = (scores - total).exp_().unflatten(-1, (-1, BLOCK)).sum(-1)
-    return shares.unflatten(0, (-1, TILE)).mean(1)
 
 
 @benchmark
@@ -48,7 +36,9 @@ def select_tiles_cuda(wanted: Wanted) -> Iterator[Case]:
         near_lse = torch.full(shape[:3], 8.0, device="cuda")
         threshold = torch.full((heads,), THRESHOLD, device="cuda")
         arguments = q_index, k_index, list(range(heads)), threshold, WINDOW, SINKS, MIN_BLOCKS
-        eager: dict[str, Run] = {"eager": partial(pooled_shares, q_index, k_index, near_lse)}
+        eager: dict[str, Run] = {
+            "eager": partial(pooled_shares, q_index, k_index, near_lse, WINDOW, SINKS, TILE, BLOCK)
+        }
         for parameters in chosen:
             rank = parameters["rank"]
             yield Case(

@@ -161,3 +161,5 @@ def test_the_command_runs_what_is_chosen(monkeypatch, tmp_path, capsys):
     assert "fake keys=2" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no case was run"):
         command("--where", "keys=4")
+    with pytest.raises(SystemExit, match="no case has the baseline slwo"):
+        command("--baselines", "slow", "slwo")

@@ -182,9 +182,11 @@ def test_generate_continues_as_the_model_does(sparse, tmp_path):
 
 def test_model_reference_and_prompt_go_to_the_device(sparse, dense, texts, monkeypatch):
     named = []
-    monkeypatch.setattr(
-        "rtpurbo.commands.checked_device", lambda name: named.append(name) or torch.device("meta")
-    )
+    for command in ("generate", "evaluate"):
+        monkeypatch.setattr(
+            f"rtpurbo.commands.{command}.checked_device",
+            lambda name: named.append(name) or torch.device("meta"),
+        )
     for command in (
         ["generate", sparse, "line 4", "--device", "cuda"],
         ["eval", sparse, "--reference", dense, "--task", "kl", "--length", 300, "--rows", 2,
@@ -243,14 +245,14 @@ def test_info_describes_build_model_and_map(sparse, tmp_path):
 
 
 def test_info_checks_the_manifest(sparse, tmp_path):
-    from rtpurbo.commands import _describe
+    from rtpurbo.commands.info import describe
 
     text = (sparse / "rtpurbo.json").read_text()
     newer = json.dumps({**json.loads(text), "version": 9})
     for content, message in ((newer, "version 9 is newer"), (text[:-40], "cut off")):
         (tmp_path / "rtpurbo.json").write_text(content)
         with pytest.raises(ValueError, match=message):
-            _describe(tmp_path)
+            describe(tmp_path)
 
 
 def test_bench_runs_the_checkout(monkeypatch, tmp_path):
@@ -260,7 +262,7 @@ def test_bench_runs_the_checkout(monkeypatch, tmp_path):
         calls.append((command[1:], cwd))
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr("rtpurbo.commands.subprocess.run", record)
+    monkeypatch.setattr("rtpurbo.commands.bench.subprocess.run", record)
     files = ("-o", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     chosen = ("--where", "keys=9,mode=near", "--where", "keys=8", "--baselines", "cudnn")
     run("bench", "decode", "--repeats", 1, *files, *chosen)
@@ -276,7 +278,8 @@ def test_bench_runs_the_checkout(monkeypatch, tmp_path):
 def test_without_typer_the_message_names_the_extra(monkeypatch):
     from rtpurbo import cli
 
-    monkeypatch.delitem(sys.modules, "rtpurbo.commands", raising=False)
+    for name in [name for name in sys.modules if name.startswith("rtpurbo.commands")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit, match=r"rtpurbo\[demo\]"):
         cli.main()
