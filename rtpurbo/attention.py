@@ -32,6 +32,8 @@ TILE_BLOCK = 64
 TILE_RANK: Literal["sum", "max"] = "max"
 """Lists of equal size hold as much mass by either rank; maxima cost a fifth on Hopper."""
 _MIN_TILE_BLOCKS = 4
+MOST_TILE_BLOCKS = 4096
+"""A tile that needs more runs dense, which `stats` counts; not a share, so that chunks agree."""
 SPARED_BYTES = 1 << 27
 """What a selection must spare a GPU to read: the time of its stages, 30 to 45 us on Hopper."""
 SCORE_BYTES = 32
@@ -246,20 +248,23 @@ def _select_from(context: LayerContext, q: Tensor) -> int:
     index_key = config.index_dim * config.index_bits // 8
     floor = config.min_tokens * row
     heads, read = len(context.heads), len(context.full_kv_heads) * row
-    return fewest_to_select_from(batch, heads, read, index_key, floor, refine=config.refine)
+    # What `sparse_decode` does in one launch; see csrc/cuda/sparse_decode.cu.
+    fused = q.element_size() == 2 and dim in (64, 128, 256) and config.index_dim == 16
+    one_launch = fused and not config.refine
+    return fewest_to_select_from(batch, heads, read, index_key, floor, one_launch)
 
 
 def fewest_to_select_from(
-    batch: int, heads: int, read: int, index_key: int, floor: int, refine: bool = False
+    batch: int, heads: int, read: int, index_key: int, floor: int, one_launch: bool = True
 ) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
     `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans;
-    `floor`: bytes of keys and values that a retrieval head reads at least. To refine takes three
-    launches in the place of one.
+    `floor`: bytes of keys and values that a retrieval head reads at least; `one_launch`: instead of
+    one for each of `near_lse`, `select` and `decode`.
     """
     spared = batch * (read - heads * (index_key + SCORE_BYTES))
-    least = SPARED_BYTES * (2 if refine else 1) + batch * heads * floor
+    least = SPARED_BYTES * (1 if one_launch else 2) + batch * heads * floor
     return least // spared + 1 if spared > 0 else sys.maxsize
 
 
@@ -297,14 +302,16 @@ def _tiles(
     """What retrieval heads see in prefill: block lists, or nothing where they run dense."""
     config = context.state.config
     last = context.last = LastForward(q.shape[2], k.shape[2], q.shape[0], start, scale)
-    if q_index is not None and keys is not None and config.prefill == "sparse":
+    near_only = last.keys <= config.near_window + config.sinks
+    if q_index is not None and keys is not None and config.prefill == "sparse" and not near_only:
         index, q, k = context.index, q.detach(), k.detach()
         last.indices, last.counts, last.mass = ops.select_tiles(
             q_index, keys.keys, index.index_map, index.threshold, config.near_window, config.sinks,
             min_tile_blocks(config), tile=TILE,
             block_size=TILE_BLOCK, near_lse=_near_lse(context, q, k, k_heads, start, scale),
-            offset=_offset(context), start=start, rank=TILE_RANK, codes=keys.codes,
-            ranges=keys.ranges,
+            offset=_offset(context), start=start,
+            capacity=min(-(-last.keys // TILE_BLOCK), MOST_TILE_BLOCKS), rank=TILE_RANK,
+            codes=keys.codes, ranges=keys.ranges,
         )  # fmt: skip
     return last
 

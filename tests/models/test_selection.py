@@ -121,14 +121,43 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
     q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
     least = _select_from(context, q)
     assert len(context.full_kv_heads) == 2
-    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte
+    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte. Twice what one launch
+    # must spare, which an index dim of 16 has.
     spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
     listed = 2 * 3 * 1000 * 2 * 128 * 2
-    assert (least - 1) * spared <= SPARED_BYTES + listed < least * spared
+    assert (least - 1) * spared <= 2 * SPARED_BYTES + listed < least * spared
+    for refine, launches in ((False, 1), (True, 2)):
+        wider = dict(index_bits=8, index_dim=16, min_tokens=1000, refine=refine)
+        context = state(rtpurbo.sparsify(tiny(), config(**wider))).layers[0]
+        least = _select_from(context, q)
+        spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + SCORE_BYTES))
+        assert (least - 1) * spared <= launches * SPARED_BYTES + listed < least * spared
     q.device = torch.device("cpu")
     assert _select_from(context, q) == 1
     q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
     assert _select_from(context, q) > 2**31  # an index key weighs more than a key
+
+
+def test_tiles_that_need_too_many_blocks_run_dense(monkeypatch):
+    """Of a sequence of 600 the last tile sees ten blocks; lists of three are too short for some."""
+    ids, mask = padded((600, 350))
+    dense = whole(tiny(), ids, mask)
+    model = rtpurbo.sparsify(tiny(), config(window=64, top_p=0.99, prefill="sparse"))
+    whole(model, ids, mask)
+    assert rtpurbo.stats(model)["fallbacks"] == 0
+    monkeypatch.setattr("rtpurbo.attention.MOST_TILE_BLOCKS", 3)
+    got = whole(model, ids, mask)
+    counts = torch.stack([context.last.counts for context in state(model).layers])
+    fallbacks = rtpurbo.stats(model)["fallbacks"]
+    assert 0 < fallbacks == (counts < 0).sum() < counts.numel() and counts.max() <= 3
+    assert state(model).layers[0].last.indices.shape[-1] == 3
+    monkeypatch.setattr("rtpurbo.attention.MOST_TILE_BLOCKS", 0)
+    rtpurbo.restore(model)
+    near = dict(window=600, recent=1000, prefill="sparse")
+    wide = rtpurbo.sparsify(model, config(**near))
+    torch.testing.assert_close(whole(wide, ids, mask)[mask.bool()], dense[mask.bool()])
+    assert state(wide).layers[0].last.indices is None  # nothing lies outside its window
+    assert not torch.equal(got[mask.bool()], dense[mask.bool()])
 
 
 @pytest.mark.parametrize("index", ["beyond_window", "full"])
