@@ -57,6 +57,7 @@ def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any
         window=length // 8,
         index=arguments.form,
         prefill=arguments.prefill,
+        index_bits=arguments.index_bits,
         select_from=0,
     )
     rtpurbo.sparsify(model, config)
@@ -95,7 +96,8 @@ def needles(arguments: argparse.Namespace) -> None:
         modes=arguments.modes,
     )  # fmt: skip
     report.settings["stage 1"] = metrics
-    report.save(arguments.output / f"needles-{arguments.form}-{arguments.prefill}.json")
+    kind = f"{arguments.form}-{arguments.prefill}-{arguments.index_bits}"
+    report.save(arguments.output / f"needles-{kind}.json")
     print(report.to_markdown(), flush=True)
 
 
@@ -156,6 +158,7 @@ def main() -> None:
         first = commands.add_parser(name)
         first.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
         first.add_argument("--prefill", choices=["dense", "sparse"], default="dense")
+        first.add_argument("--index-bits", type=int, choices=[4, 8, 16], default=16)
         first.add_argument("--train-length", type=int, default=8192)
         first.add_argument("--steps", type=int, default=120)
         first.add_argument("--updates", type=int, default=4)

@@ -23,7 +23,7 @@ def top_p(
         forced_lse: [rows] float32 (float64 for float64 scores), the log-mass of members that stand
             outside the row and are always in; it counts towards p.
         exact: False may add the rest of the threshold's histogram bin, members whose weights lie
-            within 4.5 % of the last one's.
+            within 4.5 % of the last one's; CUDA never does.
 
     Returns:
         indices int32 [rows, N], ascending and padded with -1; counts int32 [rows]; mass [rows], the

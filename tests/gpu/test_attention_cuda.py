@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import subprocess
 import sys
 from itertools import product
@@ -46,6 +47,38 @@ def draw_cuda(seed: int, dtype: torch.dtype) -> Case:
 @pytest.mark.parametrize("seed", range(60))
 def test_random_cases_match_the_reference(seed: int, dtype: torch.dtype, headwise: bool) -> None:
     check(*attention_arguments(draw_cuda(1000 + seed, dtype), headwise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases_of_a_models_layout(seed: int, dim: int, dtype: torch.dtype) -> None:
+    """Aligned, in tiles of 128 rows and blocks of 64 keys: what the kernels for Hopper take."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, kv_heads, group = rng.randint(1, 2), rng.randint(1, 3), rng.choice([1, 2, 3, 4, 5, 6, 8])
+    rows = rng.choice([1, 17, 127, 128, 129, 200, 300])
+    keys = rows + rng.choice([0, 0, 1, 64, 200, 500])
+    heads = kv_heads * group
+    retrieval = sorted(rng.sample(range(heads), rng.randint(0, heads)))
+
+    def tensor(of: int, length: int) -> Tensor:
+        return torch.randn(batch, length, of, dim, generator=generator).to(dtype).transpose(1, 2)
+
+    more = {}
+    if rng.random() < 0.4:
+        more["start"] = torch.tensor([rng.randint(0, keys) for _ in range(batch)])
+    if retrieval and rng.random() < 0.7:
+        shape = batch, len(retrieval), -(-rows // 128), -(-keys // 64)
+        picked = torch.rand(shape, generator=generator) < rng.choice([0.0, 0.2, 0.6, 1.0])
+        order = torch.where(picked, torch.arange(shape[-1]), shape[-1]).sort(-1).values
+        counts = picked.sum(-1, dtype=torch.int32)
+        counts[torch.rand(counts.shape, generator=generator) < 0.2] = -1
+        more["block_indices"] = torch.where(order < shape[-1], order, -1).to(torch.int32)
+        more["block_counts"] = counts
+    window, sinks = rng.choice([1, 60, 64, 129, 300, 5000]), rng.choice([0, 1, 4, 70])
+    q, k, v = tensor(heads, rows), tensor(kv_heads, keys), tensor(kv_heads, keys)
+    check((q, k, v, retrieval, window, sinks, dim**-0.5), more)
 
 
 @pytest.mark.parametrize("dtype", CUDA_TYPES)

@@ -98,6 +98,27 @@ def test_random_tiles_equal_the_cpu(seed, rank, dim, dtype):
     check_equal(case, *both(case))
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_random_tiles_of_a_model_equal_the_cpu(seed):
+    """What the kernel for Hopper takes: fp16, 16 dimensions, tiles of 128, blocks of 64."""
+    rng = random.Random(seed)
+    rows = rng.choice([1, 100, 127, 128, 129, 500, 900])
+    keys = rows + rng.choice([0, 64, 65, 1000, 5000])
+    kind = rng.choice(["normal", "normal", "equal", "spike", "hidden"])
+    case = draw(2000 + seed, keys, rows, 16, torch.float16, kind) | {
+        "window": rng.choice([64, 65, 128, 300]),
+        "sinks": rng.choice([0, 1, 4, 70]),
+        "min_blocks": rng.choice([0, 3]),
+        "capacity": rng.choice([0, 0, 8]),
+        "rank": "max",
+    }
+    case["q_index"] = case["q_index"].contiguous()
+    for name in ("offset", "start"):
+        if rng.random() < 0.5:
+            case[name] = None
+    check_equal(case, *both(case))
+
+
 @pytest.mark.parametrize("rank", ["sum", "max"])
 @pytest.mark.parametrize("full", [True, False])
 def test_long_rows_equal_the_cpu(rank, full):

@@ -121,6 +121,36 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     torch.testing.assert_close(lse.double(), exact_lse, atol=2e-4, rtol=1e-5)
 
 
+def read_keys(arguments: dict, selected: torch.Tensor) -> torch.Tensor:
+    """bool [B, Hk, N]: keys that some query head attends to."""
+    batch, kv_heads, keys, _ = arguments["k"].shape
+    positions, start, sinks = last_positions(1, keys, batch), arguments["start"], arguments["sinks"]
+    sees = visible(positions, keys, start)[:, 0]
+    windows = ("window", "near_window")
+    local, close = (near(positions, keys, start, arguments[w], sinks)[:, 0] for w in windows)
+    bits = (selected[:, :, 0, :, None] >> torch.arange(WORD) & 1).bool().flatten(-2)[..., :keys]
+    group = arguments["q"].shape[1] // kv_heads
+    read = torch.zeros(batch, kv_heads, keys, dtype=torch.bool)
+    for head in range(arguments["q"].shape[1]):
+        if head in arguments["retrieval_heads"]:
+            of_head = close | bits[:, arguments["retrieval_heads"].index(head)]
+        else:
+            of_head = local
+        read[:, head // group] |= of_head & sees
+    return read
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_and_values_that_nothing_attends_to_are_never_read(seed, dtype):
+    arguments = draw(1000 + seed, dtype)
+    expected = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments))]
+    unread = ~read_keys(arguments, expected[2])[..., None]
+    poisoned = {name: arguments[name].masked_fill(unread, torch.nan) for name in "kv"}
+    got = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments | poisoned))]
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
 def long_step(batch, keys, bits, device):
     """A step whose batch shares its keys, and the same through the three operators."""
     torch.manual_seed(0)
