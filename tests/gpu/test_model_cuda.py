@@ -14,7 +14,7 @@ SETTINGS = [
     {}, {"index": "full"}, {"block_size": 16}, {"index_bits": 4},
     {"index_bits": 8, "index": "full"}, {"prefill": "sparse"},
     {"prefill": "sparse", "index_bits": 4}, {"index_bits": 4, "refine": True},
-    {"index_bits": 8, "refine": True, "index": "full"},
+    {"index_bits": 8, "refine": True, "index": "full"}, {"share_index_keys": True, "index_bits": 4},
 ]  # fmt: skip
 
 
