@@ -98,10 +98,12 @@ def main() -> None:
     }
     output = arguments.output or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
     output.parent.mkdir(parents=True, exist_ok=True)
+    met = {"none"}  # names of baselines
     for name in arguments.names or BENCHMARKS:
         results = report["results"].setdefault(name, [])
         for result in measured(name, choice, arguments.repeats):
             results.append(result)
+            met |= {*result["baseline_seconds"], *result["notes"]}
             print(describe(name, result), flush=True)
             # Each time, so that a run that is cut off leaves what it has.
             output.write_text(json.dumps(report, indent=2) + "\n")
@@ -110,18 +112,8 @@ def main() -> None:
             "benchmarks: no case was run; no parameters fit --where, or there is no GPU for them"
         )
     print(f"written to {output}")
-    unknown = (
-        choice.baselines
-        - {"none"}
-        - {
-            baseline
-            for results in report["results"].values()
-            for result in results
-            for baseline in (*result["baseline_seconds"], *result["notes"])
-        }
-    )
-    if unknown:
-        raise SystemExit(f"benchmarks: no case has the baseline {', '.join(sorted(unknown))}")
+    if unmet := choice.baselines - met:
+        raise SystemExit(f"benchmarks: no case has the baseline {', '.join(sorted(unmet))}")
     if arguments.plot:
         from benchmarks.plot import plot  # matplotlib is an extra
 

@@ -66,17 +66,16 @@ class Step:
         return ops.near_lse(self.q, self.k, self.retrieval, self.owners, WINDOW, SINKS, SCALE)
 
     def select(self) -> tuple[Tensor, Tensor]:
-        indices, counts, _ = ops.select(
-            self.q_index, self.k_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
-            near_lse=self.near, capacity=2 * self.floor, **self.coded,
-        )  # fmt: skip
-        return indices, counts
+        return self.lists_by(self.k_index)
 
     def refine(self) -> tuple[Tensor, Tensor]:
         """`select` with codes, and again among twice as many with all keys in 16 bits."""
+        return self.lists_by(self.every_index, refine=True)
+
+    def lists_by(self, k_index: Tensor, refine: bool = False) -> tuple[Tensor, Tensor]:
         indices, counts, _ = ops.select(
-            self.q_index, self.every_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
-            near_lse=self.near, capacity=2 * self.floor, **self.coded, refine=True,
+            self.q_index, k_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
+            near_lse=self.near, capacity=2 * self.floor, **self.coded, refine=refine,
         )  # fmt: skip
         return indices, counts
 
@@ -120,18 +119,15 @@ class Step:
         every["step"] = every["sparse_decode" if self.selects else "dense"]
         return every[part]
 
-    def select_and_attend(self) -> Tensor:
+    def select_and_attend(self, block_size: int = 1) -> Tensor:
         return ops.sparse_decode(
             self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
-            1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, **self.coded,
+            1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=block_size, **self.coded,
         )[0]  # fmt: skip
 
     def fixed_blocks(self) -> Tensor:
         """Quest's budget: as many tokens, in blocks of 16 by their mass under the index."""
-        return ops.sparse_decode(
-            self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
-            1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=16, **self.coded,
-        )[0]  # fmt: skip
+        return self.select_and_attend(block_size=16)
 
 
 PARTS = {

@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.lists import lists_where
 from tests.reference.masks import last_positions, near, visible
 from tests.reference.softmax import log_sum_exp
 
@@ -112,10 +113,8 @@ def random_lists(generator: torch.Generator, *shape: int, blocks: int) -> tuple[
     """Ascending block lists [*shape, blocks] and counts; some are empty, some -1 (dense)."""
     share = torch.rand(*shape, 1, generator=generator) * 1.2 - 0.1
     picked = torch.rand(*shape, blocks, generator=generator) < share
-    counts = picked.sum(-1, dtype=torch.int32)
-    order = torch.where(picked, torch.arange(blocks), blocks).sort(-1).values
     dense = torch.rand(*shape, generator=generator) < 0.1
-    indices = torch.where(order < blocks, order, -1).to(torch.int32)
+    indices, counts = lists_where(picked)
     return indices, torch.where(dense, -1, counts)
 
 

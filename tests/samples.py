@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
+from tests.lists import lists_where
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def lists(*shape: int, blocks: int, dense_every: int = 0) -> tuple[Tensor, Tenso
     """Ascending block lists [*shape, blocks] of random lengths, and their counts."""
     generator = torch.Generator().manual_seed(blocks)
     picked = torch.rand(*shape, blocks, generator=generator) < 0.4
-    counts = picked.sum(-1, dtype=torch.int32)
-    order = torch.where(picked, torch.arange(blocks), blocks).sort(-1).values
-    indices = torch.where(order < blocks, order, -1).to(torch.int32)
+    indices, counts = lists_where(picked)
     if dense_every:
         counts.view(-1)[::dense_every] = -1
     return indices, counts

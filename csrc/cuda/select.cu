@@ -73,8 +73,7 @@ const void* kernel_of(ElementType k_type, bool wide) {
   const void* kernel = nullptr;
   dispatch_element(k_type, [&](auto element) {
     using TK = decltype(element);
-    using Wide = std::conditional_t<std::is_same_v<TK, __half>, HalfScorer<2>,
-                                    WideScorer<TK, sizeof(TK) == 2 ? 2 : 1>>;
+    using Wide = std::conditional_t<std::is_same_v<TK, __half>, HalfScorer, WideScorer<TK>>;
     kernel = wide ? reinterpret_cast<const void*>(select_kernel<Wide, kRefine>)
                   : reinterpret_cast<const void*>(select_kernel<AnyScorer<TK>, kRefine>);
     return cudaSuccess;

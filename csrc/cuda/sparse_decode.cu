@@ -37,8 +37,8 @@ struct Sets {
 /// through the stages; two are where there is much to score.
 template <typename T, int kDim, int kBlocks>
 struct Shape {
-  using Stages = Selector<HalfScorer<2>>;
-  using Listed = ListedAttention<T, kDim, 4>;
+  using Stages = Selector<HalfScorer>;
+  using Listed = ListedAttention<T, kDim>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
   struct ListedShared {

@@ -15,6 +15,7 @@ from torch import Tensor
 from rtpurbo import ops
 from tests import reference
 from tests.gpu.attention_check import CUDA_TYPES, assert_rounded, map_tensors, to_cuda
+from tests.lists import lists_where
 from tests.ops.attention_cases import Case, attention_arguments, draw
 
 LSE_TOLERANCE = 1e-5
@@ -72,11 +73,9 @@ def test_random_cases_of_a_models_layout(seed: int, dim: int, dtype: torch.dtype
     if retrieval and rng.random() < 0.7:
         shape = batch, len(retrieval), -(-rows // 128), -(-keys // 64)
         picked = torch.rand(shape, generator=generator) < rng.choice([0.0, 0.2, 0.6, 1.0])
-        order = torch.where(picked, torch.arange(shape[-1]), shape[-1]).sort(-1).values
-        counts = picked.sum(-1, dtype=torch.int32)
+        indices, counts = lists_where(picked)
         counts[torch.rand(counts.shape, generator=generator) < 0.2] = -1
-        more["block_indices"] = torch.where(order < shape[-1], order, -1).to(torch.int32)
-        more["block_counts"] = counts
+        more |= dict(block_indices=indices, block_counts=counts)
     window, sinks = rng.choice([1, 60, 64, 129, 300, 5000]), rng.choice([0, 1, 4, 70])
     q, k, v = tensor(heads, rows), tensor(kv_heads, keys), tensor(kv_heads, keys)
     check((q, k, v, retrieval, window, sinks, dim**-0.5), more)
@@ -102,9 +101,7 @@ def test_block_lists_of_any_size(block_size: int, tile: int, dtype: torch.dtype)
     k, v = (torch.randn(2, 2, keys, 64).to(dtype) for _ in range(2))
     tiles = -(-rows // tile)
     picked = torch.rand(2, 2, tiles, blocks) < 0.4
-    counts = picked.sum(-1, dtype=torch.int32)
-    order = torch.where(picked, torch.arange(blocks), blocks).sort(-1).values
-    indices = torch.where(order < blocks, order, 1 << 30).to(torch.int32)
+    indices, counts = lists_where(picked, padding=1 << 30)
     counts[:, :, ::5] = -1
     lists = {"block_indices": indices, "block_counts": counts}
     start = torch.tensor([0, 70])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rtpurbo import ops
+from rtpurbo.ops.sparse_decode import WORD_KEYS, unpacked
 from tests import reference
 from tests.gpu.repeats import assert_repeats
-from tests.ops.test_sparse_decode_properties import WORD, lists_of
+from tests.ops.test_sparse_decode_properties import keys_read, lists_of
 from tests.reference.masks import last_positions, near, visible
 from tests.reference.quantize_index import dequantize
 from tests.reference.select import index_logits
@@ -51,7 +52,7 @@ def draw(seed: int, dtype: torch.dtype) -> dict:
         start=start,
     )
     bits = rng.choice([16, 16, 8, 4])
-    coded = rng.randint(0, keys // WORD) * WORD
+    coded = rng.randint(0, keys // WORD_KEYS) * WORD_KEYS
     if bits < 16:
         far, tail = arguments["k_index"].split([coded, keys - coded], 2)
         codes, ranges = ops.quantize_index(far.contiguous(), bits)
@@ -84,7 +85,7 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     close = near(positions, keys, arguments["start"], arguments["near_window"], arguments["sinks"])[
         :, None
     ]
-    bits = (selected[:, :, 0, :, None] >> torch.arange(WORD) & 1).bool().flatten(-2)[..., :keys]
+    bits = unpacked(selected[:, :, 0], keys)
     attended = close | (bits[:, :, None] & sees)
     index = arguments["q_index"], scored_keys(arguments), arguments["index_map"]
     logits = index_logits(*index, arguments["offset"])
@@ -121,31 +122,12 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     torch.testing.assert_close(lse.double(), exact_lse, atol=2e-4, rtol=1e-5)
 
 
-def read_keys(arguments: dict, selected: torch.Tensor) -> torch.Tensor:
-    """bool [B, Hk, N]: keys that some query head attends to."""
-    batch, kv_heads, keys, _ = arguments["k"].shape
-    positions, start, sinks = last_positions(1, keys, batch), arguments["start"], arguments["sinks"]
-    sees = visible(positions, keys, start)[:, 0]
-    windows = ("window", "near_window")
-    local, close = (near(positions, keys, start, arguments[w], sinks)[:, 0] for w in windows)
-    bits = (selected[:, :, 0, :, None] >> torch.arange(WORD) & 1).bool().flatten(-2)[..., :keys]
-    group = arguments["q"].shape[1] // kv_heads
-    read = torch.zeros(batch, kv_heads, keys, dtype=torch.bool)
-    for head in range(arguments["q"].shape[1]):
-        if head in arguments["retrieval_heads"]:
-            of_head = close | bits[:, arguments["retrieval_heads"].index(head)]
-        else:
-            of_head = local
-        read[:, head // group] |= of_head & sees
-    return read
-
-
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_keys_and_values_that_nothing_attends_to_are_never_read(seed, dtype):
     arguments = draw(1000 + seed, dtype)
     expected = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments))]
-    unread = ~read_keys(arguments, expected[2])[..., None]
+    unread = ~keys_read(selected=expected[2], **arguments)[..., None]
     poisoned = {name: arguments[name].masked_fill(unread, torch.nan) for name in "kv"}
     got = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments | poisoned))]
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
@@ -163,7 +145,7 @@ def long_step(batch, keys, bits, device):
     k_index = torch.randn(1, 5, keys, 16, device=device, dtype=torch.float16)
     more = {}
     if bits < 16:
-        coded = (keys - 8192) // WORD * WORD
+        coded = (keys - 8192) // WORD_KEYS * WORD_KEYS
         codes, ranges = ops.quantize_index(k_index[:, :, :coded], bits)
         k_index = k_index[:, :, coded:]
         more = {
@@ -204,9 +186,7 @@ def test_a_long_step_is_what_its_parts_give(batch, keys, bits, cuda_device):
     torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=0)
     torch.testing.assert_close(out, want_out, atol=2e-2, rtol=2e-2)
     for b in range(0, batch, 7):
-        bits_of = (
-            selected[b, :, 0, :, None] >> torch.arange(WORD, device=cuda_device) & 1
-        ).flatten(-2)
+        bits_of = unpacked(selected[b, :, 0], selected.shape[-1] * WORD_KEYS)
         assert torch.equal(bits_of.sum(-1), counts[b, :, 0].long())
         for j in range(5):
             listed = torch.zeros_like(bits_of[j])
@@ -248,5 +228,5 @@ def test_equal_scores_are_taken_by_position(keys, cuda_device):
     far = keys - 104
     need = -(-keys // 2) - 104
     assert abs(counts.item() - need) <= 1 and abs(mass.item() - 0.5) < 1e-4
-    bits = (selected[0, 0, 0, :, None].cpu() >> torch.arange(WORD) & 1).flatten()
+    bits = unpacked(selected[0, 0, 0], selected.shape[-1] * WORD_KEYS)
     assert bits[4 : 4 + counts.item()].all() and bits.sum() == counts.item() < far

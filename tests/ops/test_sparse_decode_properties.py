@@ -1,18 +1,21 @@
 """sparse_decode over random odd shapes: a legal selection, and attention to just that."""
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rtpurbo import ops
+from rtpurbo.ops.sparse_decode import WORD_KEYS, unpacked
 from tests import reference
+from tests.lists import lists_where
 from tests.properties import Layer, assert_within_twice_the_error, check_set, layers
 from tests.reference.masks import last_positions, near, visible
 from tests.reference.select import block_scores, index_logits
 from tests.reference.softmax import log_sum_exp
 
-WORD = 64
 one_row = layers(max_rows=1).filter(lambda layer: layer.retrieval_heads)
 choices = st.fixed_dictionaries(
     dict(
@@ -48,14 +51,41 @@ def arguments_of(layer: Layer, choice: dict, dim: int) -> dict:
 
 def lists_of(selected: Tensor, counts: Tensor, keys: int, block_size: int) -> Tensor:
     """Members int32 [B, R, 1, C] from the mask, -1 padded."""
-    bits = (selected[..., None] >> torch.arange(WORD) & 1).bool().flatten(-2)
+    bits = unpacked(selected, selected.shape[-1] * WORD_KEYS)
     members = bits.unflatten(-1, (-1, block_size))
     assert torch.equal(members.any(-1), members.all(-1))
     members = members.any(-1)[..., : -(-keys // block_size)]
-    assert torch.equal(members.sum(-1, dtype=torch.int32), counts)
-    places = torch.arange(members.shape[-1])
-    order = torch.where(members, places, len(places)).sort(-1).values
-    return torch.where(order < len(places), order, -1).int()
+    indices, sizes = lists_where(members)
+    assert torch.equal(sizes, counts)
+    return indices
+
+
+def keys_read(
+    q: Tensor,
+    k: Tensor,
+    selected: Tensor,
+    retrieval_heads: list[int],
+    window: int,
+    near_window: int,
+    sinks: int,
+    start: Tensor | None,
+    **_: Any,
+) -> Tensor:
+    """bool [B, Hk, N]: keys that a query head of their KV head attends to."""
+    batch, kv_heads, keys, _ = k.shape
+    positions = last_positions(1, keys, batch)
+    sees = visible(positions, keys, start)[:, 0]
+    local, close = (
+        near(positions, keys, start, size, sinks)[:, 0] for size in (window, near_window)
+    )
+    bits = unpacked(selected[:, :, 0], keys)
+    group = q.shape[1] // kv_heads
+    read = torch.zeros(batch, kv_heads, keys, dtype=torch.bool)
+    for head in range(q.shape[1]):
+        wide = head in retrieval_heads
+        attended = close | bits[:, retrieval_heads.index(head)] if wide else local
+        read[:, head // group] |= attended & sees
+    return read
 
 
 def check_selection(layer: Layer, arguments: dict, forced: Tensor, indices: Tensor, out: tuple):
@@ -126,17 +156,7 @@ def test_what_is_not_attended_is_never_read(layer, choice):
     q, k, v = layer.qkv()
     arguments = arguments_of(layer, choice, 16)
     expected = ops.sparse_decode(q, k, v, **arguments)
-    bits = (expected[2][:, :, 0, :, None] >> torch.arange(WORD) & 1).bool().flatten(-2)
-    positions = last_positions(1, layer.keys, layer.batch)
-    sees = visible(positions, layer.keys, arguments["start"])[:, 0]
-    used = torch.zeros(layer.batch, layer.kv_heads, layer.keys, dtype=torch.bool)
-    for head in range(layer.heads):
-        wide = head in layer.retrieval_heads
-        window = arguments["near_window" if wide else "window"]
-        close = near(positions, layer.keys, arguments["start"], window, layer.sinks)[:, 0]
-        if wide:
-            close = close | bits[:, layer.retrieval_heads.index(head), : layer.keys]
-        used[:, head // layer.group] |= close & sees
+    used = keys_read(q, k, expected[2], **arguments)
     k[~used] = v[~used] = torch.nan
     if arguments["start"] is not None:
         for b, first in enumerate(arguments["start"].tolist()):

@@ -8,7 +8,7 @@
 
 namespace rtpurbo::cuda {
 
-/// Keys whose rows are aligned to 16 bytes, kAtOnce groups at a time.
+/// Keys whose rows are aligned to 16 bytes.
 ///
 /// Two products m16n8k16 score 32 keys. A lane loads halves of two keys: with g = lane / 4 and
 /// t = lane % 4 half t % 2 of keys 4g + t / 2 and 4g + 2 + t / 2, which stand in rows g and g + 8
@@ -16,12 +16,11 @@ namespace rtpurbo::cuda {
 /// lanes 2s and 2s + 1 modulo 4, and zeros against the other one. So the scores of keys 4g and
 /// 4g + 1 arrive in lanes t = 0 and 1, those of the next two, by the same columns again, in the
 /// other lanes: a lane has the score of key `lane`.
-template <int kAtOnce>
 class HalfScorer {
   static constexpr int kDim = 16;
 
  public:
-  static constexpr int kGroups = kAtOnce;
+  static constexpr int kGroups = 2;
   static constexpr bool kScoresCodes = false;
   static constexpr bool kSpoilsNeighbours = true;  // where a key is not finite
 
@@ -72,7 +71,7 @@ class HalfScorer {
       for (int i = 0; i < 4; ++i) {
         const int n = first(g) + own_key() + i / 2 * 32 + i % 2 * 2;
         loaded.halves[g][i] =
-            half_at(ptx::offset_by(own_half(), min(max(n, begin), end - 1), stride_));
+            half_at(ptx::offset_by(own_half(), nearest_within(n, begin, end), stride_));
       }
     }
     return loaded;
@@ -136,7 +135,7 @@ class HalfScorer {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const int n = first + half * 32 + static_cast<int>(threadIdx.x) % 32;
-      scores.of_half[half] = dot(keys, stride, min(max(n, begin), end - 1), query);
+      scores.of_half[half] = dot(keys, stride, nearest_within(n, begin, end), query);
     }
     return scores;
   }

@@ -12,7 +12,8 @@
 
 namespace rtpurbo::cuda {
 
-/// Whether keys, and blocks of codes, may be loaded whole, and key offsets take one product.
+/// Whether keys, and blocks of codes, may be loaded whole, and HalfScorer's key offsets take one
+/// product.
 inline bool keys_are_wide(const SelectParams& p) {
   return p.dim == 16 && rows_are_aligned(p.k_index, p.k_type == ElementType::kFloat32 ? 4 : 2) &&
          std::abs(p.k_index.row_stride) <= INT32_MAX / 4 &&

@@ -19,6 +19,11 @@ struct GroupScores {
   }
 };
 
+/// The key of [begin, end) that may be read in the place of key n.
+__device__ __forceinline__ int nearest_within(int n, int begin, int end) {
+  return min(max(n, begin), end - 1);
+}
+
 /// Row 0 of the key head that a row's query reads.
 template <typename T>
 __device__ __forceinline__ const T* key_rows(const SelectParams& p, const HeadsView& view,
@@ -26,15 +31,15 @@ __device__ __forceinline__ const T* key_rows(const SelectParams& p, const HeadsV
   return head_rows<const T>(view, row.batch, p.index_map.heads[row.head]);
 }
 
-/// Keys of 16 dimensions whose rows are aligned to 16 bytes, kAtOnce groups at a time.
-template <typename TK, int kAtOnce>
+/// Keys of 16 dimensions whose rows are aligned to 16 bytes.
+template <typename TK>
 class WideScorer {
   struct alignas(16) Key {
     TK values[16];
   };
 
  public:
-  static constexpr int kGroups = kAtOnce;
+  static constexpr int kGroups = sizeof(TK) == 2 ? 2 : 1;
   static constexpr bool kScoresCodes = false;
   static constexpr bool kSpoilsNeighbours = false;
 
@@ -64,7 +69,7 @@ class WideScorer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int n = first(g) + half * 32 + static_cast<int>(threadIdx.x) % 32;
-        loaded.keys[g][half] = key(min(max(n, begin), end - 1));
+        loaded.keys[g][half] = key(nearest_within(n, begin, end));
       }
     }
     return loaded;
@@ -184,7 +189,7 @@ class AnyScorer {
   __device__ void score(const Loaded& within, const First& first, GroupScores (&scores)[1]) const {
     for (int half = 0; half < 2; ++half) {
       const int n = first(0) + half * 32 + static_cast<int>(threadIdx.x) % 32;
-      scores[0].of_half[half] = dot(min(max(n, within.begin), within.end - 1));
+      scores[0].of_half[half] = dot(nearest_within(n, within.begin, within.end));
     }
   }
 

@@ -70,12 +70,12 @@ class BlockList {
   int own_, before_, total_;
 };
 
-/// kUnroll: steps of a warp that are on their way.
-template <typename T, int kDim, int kUnroll>
+template <typename T, int kDim>
 class ListedAttention {
   static constexpr int kLaneDims = 8;  // in 16 bytes
   static constexpr int kLanes = kDim / kLaneDims;
   static constexpr int kRows = 32 / kLanes;  // keys that a warp loads at a time
+  static constexpr int kUnroll = 4;          // steps of a warp that are on their way
 
  public:
   struct Shared {
