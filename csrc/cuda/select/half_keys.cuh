@@ -10,12 +10,13 @@ namespace rtpurbo::cuda {
 
 /// Keys whose rows are aligned to 16 bytes.
 ///
-/// Two products m16n8k16 score 32 keys. A lane loads halves of two keys: with g = lane / 4 and
-/// t = lane % 4 half t % 2 of keys 4g + t / 2 and 4g + 2 + t / 2, which stand in rows g and g + 8
-/// of A. Columns 2s and 2s + 1 of B hold the query, upper and lower halves, against the key of
-/// lanes 2s and 2s + 1 modulo 4, and zeros against the other one. So the scores of keys 4g and
-/// 4g + 1 arrive in lanes t = 0 and 1, those of the next two, by the same columns again, in the
-/// other lanes: a lane has the score of key `lane`.
+/// Two products m16n8k16 score 32 keys, of which a warp loads 16 at a time, whole lines of memory:
+/// lane l half l % 2 of key l / 2. With g = l / 4 and t = l % 4 the first 16 stand in row g of A,
+/// the others in row g + 8. Columns 2s and 2s + 1 of B hold the query, upper and lower halves,
+/// against the key of lanes 2s and 2s + 1 modulo 4, and zeros against the other one; columns 4 to 7
+/// are the same again. So the scores of keys 2g and 2g + 1 arrive in lanes t = 0 and 1, those of
+/// keys 16 + 2g and 17 + 2g in the other lanes, from where they go to the lanes of the keys'
+/// numbers.
 class HalfScorer {
   static constexpr int kDim = 16;
 
@@ -32,7 +33,7 @@ class HalfScorer {
     const int exponent = exponent_of<kDim>(query);
     const float scale = ldexpf(1.0f, -exponent);
     unscale_ = ldexpf(1.0f, exponent);
-    const int lane = threadIdx.x % 32, column = lane / 4, t = lane % 4;
+    const int column = lane() / 4, t = lane() % 4;
     const float* own = query + t % 2 * 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -52,11 +53,10 @@ class HalfScorer {
     Loaded loaded;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const char* own = ptx::offset_by(own_half(), first(g) + own_key(), stride_);
+      const char* own = ptx::offset_by(own_half(), first(g) + lane() / 2, stride_);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        loaded.halves[g][i] =
-            half_at(own + (i / 2 * 32 + i % 2 * 2) * static_cast<int64_t>(stride_));
+        loaded.halves[g][i] = half_at(own + i * 16 * static_cast<int64_t>(stride_));
     }
     return loaded;
   }
@@ -69,7 +69,7 @@ class HalfScorer {
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int n = first(g) + own_key() + i / 2 * 32 + i % 2 * 2;
+        const int n = first(g) + lane() / 2 + i * 16;
         loaded.halves[g][i] =
             half_at(ptx::offset_by(own_half(), nearest_within(n, begin, end), stride_));
       }
@@ -81,7 +81,8 @@ class HalfScorer {
   template <typename First>
   __device__ void score(const Loaded& loaded, const First& /*first*/,
                         GroupScores (&scores)[kGroups]) const {
-    const bool low = threadIdx.x % 4 < 2;
+    const bool low = lane() % 4 < 2;
+    const int source = lane() % 16 / 2 * 4 + lane() / 16 * 2 + lane() % 2;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -90,8 +91,8 @@ class HalfScorer {
         float sum[4] = {};
         ptx::mma_m16n8k16<__half>(sum, {a.x, b.x, a.y, b.y}, parts_[0], parts_[1]);
         ptx::mma_m16n8k16<__half>(sum, {a.z, b.z, a.w, b.w}, parts_[2], parts_[3]);
-        scores[g].of_half[half] =
-            unscale_ * (low ? joined(sum[0], sum[1]) : joined(sum[2], sum[3]));
+        const float own = unscale_ * (low ? joined(sum[0], sum[1]) : joined(sum[2], sum[3]));
+        scores[g].of_half[half] = __shfl_sync(0xffffffffu, own, source);
       }
     }
   }
@@ -107,11 +108,7 @@ class HalfScorer {
   __device__ float of_key(int n) const { return dot(keys_, stride_, n, query_); }
 
  private:
-  /// Which key, and which half of it, this lane loads first.
-  static __device__ int own_key() {
-    const int lane = threadIdx.x % 32;
-    return lane / 4 * 4 + lane % 4 / 2;
-  }
+  static __device__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ const char* own_half() const { return keys_ + threadIdx.x % 2 * sizeof(uint4); }
 
   static __device__ uint4 half_at(const char* address) {
@@ -134,7 +131,7 @@ class HalfScorer {
     GroupScores scores;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      const int n = first + half * 32 + static_cast<int>(threadIdx.x) % 32;
+      const int n = first + half * 32 + lane();
       scores.of_half[half] = dot(keys, stride, nearest_within(n, begin, end), query);
     }
     return scores;
