@@ -108,7 +108,12 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     const bool first = problem == team.number;
     const Row row = row_of(p.select, team.works ? problem : 0);
     if (!first) team.sync();  // others may still read what is cleared now
-    if (team.works) S::Stages::scan(p.select, w.select, team, row, members, shared.select);
+    const int own = team.rank * kSelectThreads + static_cast<int>(threadIdx.x);
+    uint64_t* selected = p.selected_ptr + problem * p.words;
+    if (team.works) {
+      for (int64_t i = own; i < p.words; i += team.size * kSelectThreads) selected[i] = 0;
+      S::Stages::scan(p.select, w.select, team, row, members, shared.select);
+    }
     if (first) {
       grid.sync();
     } else {
@@ -120,14 +125,9 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     const auto near_log_mass = [&] { return near_lse(d, w.near, row.batch, near_slot(d, head)); };
     const Selection selection =
         S::Stages::choose(p.select, w.select, team, row, members, shared.select, near_log_mass);
-    const int own = team.rank * kSelectThreads + static_cast<int>(threadIdx.x);
     if (own == 0) {
       p.select.counts_ptr[problem] = static_cast<int32_t>(selection.cut.count);
       p.select.mass_ptr[problem] = selection.mass();
-    }
-    uint64_t* selected = p.selected_ptr + problem * p.words;
-    for (int64_t i = own; i < p.words; i += team.size * kSelectThreads) {
-      if (i < members.first_group() || i >= members.end_group()) selected[i] = 0;
     }
     __syncthreads();
     typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale);

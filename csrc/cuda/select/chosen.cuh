@@ -26,15 +26,20 @@ __device__ __forceinline__ void for_each_chosen(const Selection& selection, cons
                                                 int end, const Fn& fn) {
   for_each_four(members, 0, end, [&](int i, const float(&scores)[4]) {
     uint32_t in = 0, ties = 0;
+    bool some = false;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      in |= static_cast<uint32_t>(!(scores[e] <= selection.cut.score)) << e;  // a NaN is in
-      ties |= static_cast<uint32_t>(scores[e] == selection.cut.score) << e;
-    }
-    if (ties && !selection.everything) {
-#pragma unroll 1
+    for (const float score : scores) some |= !(score < selection.cut.score);  // a NaN is in
+    if (some) {
+#pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (ties >> e & 1) in |= (members.position(i + e) <= selection.cut.index) << e;
+        in |= static_cast<uint32_t>(!(scores[e] <= selection.cut.score)) << e;
+        ties |= static_cast<uint32_t>(scores[e] == selection.cut.score) << e;
+      }
+      if (ties && !selection.everything) {
+#pragma unroll 1
+        for (int e = 0; e < 4; ++e) {
+          if (ties >> e & 1) in |= (members.position(i + e) <= selection.cut.index) << e;
+        }
       }
     }
     fn(i, in);

@@ -18,11 +18,16 @@ class Publish {
                              int32_t* cut_count, Shared& shared) {
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
+    const Range range(top, bin);
     for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
+      bool near = false;
+#pragma unroll
+      for (const float score : scores) near |= range.holds(score);
+      if (!near) return;
       uint32_t in = 0;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool of_bin = scores[e] != -INFINITY && bin_of(bins_below(top, scores[e])) == bin;
+        const bool of_bin = scores[e] != -INFINITY && Bin(bins_below(top, scores[e])).number == bin;
         in |= static_cast<uint32_t>(of_bin) << e;
       }
       if (in == 0) return;
@@ -38,6 +43,23 @@ class Publish {
     __syncthreads();
     if (threadIdx.x == 0) *cut_count = shared.count;
   }
+
+ private:
+  /// All scores of a bin lie in it, and few others: two comparisons spare most members the rest.
+  struct Range {
+    float low, high;
+
+    __device__ Range(float top, int bin) {
+      constexpr float kNatsPerBin = 1.0f / (kLog2E * kBinsPerOctave);
+      constexpr float kRounding = 0x1p-20f;  // times what is subtracted: more than is lost
+      const float near = static_cast<float>(bin) * kNatsPerBin, far = near + kNatsPerBin;
+      const float margin = (far + fabsf(top)) * kRounding;
+      low = bin == kBins - 1 ? -INFINITY : top - far - margin;
+      high = top - near + margin;
+    }
+
+    __device__ bool holds(float score) const { return score >= low && score <= high; }
+  };
 };
 
 /// Members of the cut bin that all blocks of the team published.
@@ -133,7 +155,7 @@ struct CutBin {
   __device__ float below(const Member& m) const { return bins_below(top, score_of(m.key)); }
 
   __device__ uint32_t weight(const Member& m) const {
-    return static_cast<uint32_t>(weight_in_bin(below(m), bin) *
+    return static_cast<uint32_t>(weight_in_bin(below(m), static_cast<float>(bin)) *
                                  static_cast<float>(1u << kUnitBits));
   }
 

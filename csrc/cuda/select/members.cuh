@@ -102,10 +102,6 @@ class Members {
     if (in_global_ && i + kAhead < count()) ptx::prefetch_to_l2(&score(i + kAhead));
   }
 
-  /// Groups of the whole team.
-  __device__ int first_group() const { return first_group_; }
-  __device__ int end_group() const { return end_group_; }
-
  private:
   const int stride_, shift_, run_shift_, own_, room_;
   const bool in_global_;

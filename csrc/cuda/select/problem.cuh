@@ -65,19 +65,28 @@ __device__ __forceinline__ float score_of(uint32_t key) {
 
 /// How many bins a score lies below the largest one.
 __device__ __forceinline__ float bins_below(float top, float score) {
-  return (top - score) * kLog2E * kBinsPerOctave;
+  constexpr float kBinsPerNat = kLog2E * kBinsPerOctave;
+  return (top - score) * kBinsPerNat;
 }
 
-/// For below >= 0. Rounded down by an addition: conversions have few units.
-__device__ __forceinline__ int bin_of(float below) {
-  constexpr float kUnitsAreOnes = 1 << 23;
-  return __float_as_int(__fadd_rz(fminf(below, kBins - 1.0f), kUnitsAreOnes)) -
-         __float_as_int(kUnitsAreOnes);
-}
+/// A bin by its number, and that number as a float. Made by an addition that rounds down:
+/// conversions have few units.
+struct Bin {
+  int number;
+  float start;
+
+  /// For below >= 0.
+  __device__ __forceinline__ explicit Bin(float below) {
+    constexpr float kUnitsAreOnes = 1 << 23;
+    const float sum = __fadd_rz(fminf(below, kBins - 1.0f), kUnitsAreOnes);
+    number = __float_as_int(sum) - __float_as_int(kUnitsAreOnes);
+    start = sum - kUnitsAreOnes;
+  }
+};
 
 /// Weight relative to the upper edge of the bin, in (2^-1/16, 1]; less in the last bin.
-__device__ __forceinline__ float weight_in_bin(float below, int bin) {
-  return fast_exp2((static_cast<float>(bin) - below) * (1.0f / kBinsPerOctave));
+__device__ __forceinline__ float weight_in_bin(float below, float bin) {
+  return fast_exp2((bin - below) * (1.0f / kBinsPerOctave));
 }
 
 /// Weight of a bin's upper edge relative to the largest score.

@@ -16,12 +16,13 @@ class Weigh {
   static constexpr int kSlots = kBins + 1;  // the last one for what is no member
 
  public:
-  /// A weight up to 1 in units of the bins, rounded to the nearest.
+  /// A weight up to 1 in units of the bins, rounded to the nearest, and kOffset more.
   static __device__ __forceinline__ uint32_t units_of(float weight) {
     constexpr float kUnitsAreOnes = 1 << 23;
-    return __float_as_uint(fmaf(weight, 1 << kBinFraction, kUnitsAreOnes)) -
-           __float_as_uint(kUnitsAreOnes);
+    static_assert(kOffset == (127 + 23) << 23, "the bits of kUnitsAreOnes");
+    return __float_as_uint(fmaf(weight, 1 << kBinFraction, kUnitsAreOnes));
   }
+  static constexpr uint32_t kOffset = 0x4b000000;
 
   struct Shared {
     uint32_t mass[kCopies][kSlots], count[kCopies][kSlots];
@@ -44,9 +45,9 @@ class Weigh {
 #pragma unroll
         for (const float score : scores) {
           const float below = bins_below(top, score);
-          const int bin = bin_of(below);
-          const int slot = score == -INFINITY ? kBins : bin;
-          atomicAdd(&mass[slot], units_of(weight_in_bin(below, bin)));
+          const Bin bin(below);
+          const int slot = score == -INFINITY ? kBins : bin.number;
+          atomicAdd(&mass[slot], units_of(weight_in_bin(below, bin.start)));
           atomicAdd(&count[slot], 1u);
         }
       });
@@ -59,6 +60,7 @@ class Weigh {
           units += shared.mass[copy][bin];
         }
         if (bin_members == 0) continue;
+        units -= bin_members * kOffset;  // all of it modulo 2^32
         atomicAdd(&bin_mass[bin], static_cast<unsigned long long>(units));
         atomicAdd(&bin_count[bin], bin_members);
       }

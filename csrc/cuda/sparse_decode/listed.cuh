@@ -21,13 +21,13 @@ class BlockList {
   __device__ BlockList(const Members& members, int block_size, Shared& shared)
       : members_(members), block_size_(block_size), shared_(shared) {}
 
-  /// Makes the lists out of the scores, and sets the words of the mask.
+  /// Makes the lists out of the scores, and sets their bits in the mask, which is zero.
   __device__ void fill(const Selection& selection, uint64_t* selected) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     own_ = 0;
     for_each_chosen(selection, members_, members_.count(), [&](int i, uint32_t in) {
-      mark_chosen(members_, i, in, block_size_, selected);
       if (!__any_sync(0xffffffffu, in)) return;
+      mark_chosen(members_, i, in, block_size_, selected);
       const int4 positions = members_.four_positions(i);
       const int32_t position[4] = {positions.x, positions.y, positions.z, positions.w};
 #pragma unroll
