@@ -107,13 +107,12 @@ class HeadwiseLayer(CacheLayerMixin):
             self.start = start
         if self.layout.reserve(k.shape[2]):
             self._grow(k, k_index)
-        position = self.length
+        index_pages, index_slot = self._index_room(k_index)
         ops.cache_append(
             k, v, self.k_ring, self.v_ring, self.k_pages, self.v_pages,
-            self.layout.full_heads, position, self.sinks, self.start,
+            self.layout.full_heads, self.length, self.sinks, self.start,
+            k_index, index_pages, index_slot,
         )  # fmt: skip
-        if k_index is not None:
-            self._append_index(k_index)
         self.layout.advance(k.shape[2])
 
     @property
@@ -121,13 +120,16 @@ class HeadwiseLayer(CacheLayerMixin):
         """Whether index keys of all tokens are kept in 16 bits."""
         return self.index_bits == 16 or self.refine
 
-    def _append_index(self, k_index: Tensor) -> None:
-        name, slot = "index_pages", self.length
-        if not self._keeps_pages:
-            name, slot = "index_tail", self.length - self.layout.coded
-            room = max(self.layout.tail_capacity, slot + k_index.shape[2])
-            self._resize(name, k_index, k_index.shape[1], room)
-        ops.cache_append_index(k_index, self.tensors[name], slot)
+    def _index_room(self, k_index: Tensor | None) -> tuple[Tensor | None, int]:
+        """Where new index keys go, and their slot there."""
+        if k_index is None:
+            return None, self.length
+        if self._keeps_pages:
+            return self.index_pages, self.length
+        slot = self.length - self.layout.coded
+        room = max(self.layout.tail_capacity, slot + k_index.shape[2])
+        self._resize("index_tail", k_index, k_index.shape[1], room)
+        return self.index_tail, slot
 
     def settle(self) -> None:
         """Quantises the index keys that no later row sees as near, in whole blocks."""

@@ -293,9 +293,12 @@ def cache_samples(dtype: torch.dtype) -> list[Sample]:
         sinks=2,
         start=torch.tensor([0, 5]),
     )
+    with_index = {**append, "k_index": numbers(2, 3, 5, 4, dtype=dtype), "index_slot": 7}
+    with_index["index_pages"] = numbers(2, 3, 64, 4, dtype=dtype)
     stored = ("k_ring", "v_ring", "k_pages", "v_pages")
     return [
         Sample("cache_append", "basic", append, written=stored),
+        Sample("cache_append", "index", with_index, written=(*stored, "index_pages")),
         Sample("cache_append_index", "basic", index, written=("index_pages",)),
         Sample("cache_unroll", "basic", unroll),
     ]

@@ -43,11 +43,20 @@ __device__ void for_rows(int64_t rows, Fn&& fn) {
 template <typename Vector>
 __global__ __launch_bounds__(kThreads,
                              4) void append_kernel(const __grid_constant__ CacheAppendParams p) {
-  const int64_t units = p.batch * p.heads.count * p.stores_count;
-  for (int64_t unit = blockIdx.y; unit < units; unit += gridDim.y) {
-    const CacheStore& store = p.stores[unit % p.stores_count];
-    const int64_t j = unit / p.stores_count % p.heads.count;
-    const int64_t b = unit / p.stores_count / p.heads.count;
+  const int64_t of_batch = p.heads.count * p.kStores + p.index_heads;
+  for (int64_t unit = blockIdx.y; unit < p.batch * of_batch; unit += gridDim.y) {
+    const int64_t b = unit / of_batch;
+    const int64_t own = unit % of_batch - p.index_heads;
+    if (own < 0) {
+      const int64_t head = own + p.index_heads;
+      for_rows(p.rows, [&](int64_t i) {
+        copy_row<Vector>(row_at(p.index.pages, b, head, p.index_slot + i),
+                         row_at(p.index.source, b, head, i), p.index.row_bytes);
+      });
+      continue;
+    }
+    const CacheStore& store = p.stores[own % p.kStores];
+    const int64_t j = own / p.kStores;
     const int64_t head = p.heads.heads[j];
     if (j < p.page_heads) {
       for_rows(p.rows, [&](int64_t i) {
@@ -139,18 +148,21 @@ cudaError_t launch(int64_t vector_bytes, int64_t row_bytes, int64_t rows, int64_
 }  // namespace
 
 cudaError_t launch_cache_append(const CacheAppendParams& p, cudaStream_t stream) {
-  const int64_t units = p.batch * p.heads.count * p.stores_count;
+  const int64_t units = p.batch * (p.heads.count * p.kStores + p.index_heads);
   if (units == 0 || p.rows == 0) return cudaSuccess;
   Alignment alignment;
   int64_t row_bytes = 0;
-  for (int s = 0; s < p.stores_count; ++s) {
-    const CacheStore& store = p.stores[s];
+  const auto add = [&](const CacheStore& store, bool pages, bool ring) {
     alignment.add(store.source);
-    if (p.page_heads > 0) alignment.add(store.pages);
-    if (p.page_heads < p.heads.count) alignment.add(store.ring);
+    if (pages) alignment.add(store.pages);
+    if (ring) alignment.add(store.ring);
     alignment.add(static_cast<uint64_t>(store.row_bytes));
     row_bytes = std::max(row_bytes, store.row_bytes);
+  };
+  for (const CacheStore& store : p.stores) {
+    if (p.heads.count > 0) add(store, p.page_heads > 0, p.page_heads < p.heads.count);
   }
+  if (p.index_heads > 0) add(p.index, true, false);
   return launch(alignment.vector_bytes(), row_bytes, p.rows, units,
                 [&](auto vector, dim3 grid, dim3 block) {
                   append_kernel<decltype(vector)><<<grid, block, 0, stream>>>(p);

@@ -10,20 +10,23 @@ namespace rtpurbo::cuda {
 
 /// New rows and where they are stored; strides in bytes.
 struct CacheStore {
-  HeadsView source, pages, ring;
-  int64_t row_bytes;
-  int64_t window;  // ring slots behind the sinks
+  HeadsView source = {}, pages = {}, ring = {};
+  int64_t row_bytes = 0;
+  int64_t window = 0;  // ring slots behind the sinks
 };
 
 struct CacheAppendParams {
-  CacheStore stores[2];  // keys, values
-  int32_t stores_count;
-  HeadList heads;      // of the sources: those of the pages in their order, then those of the rings
-  int32_t page_heads;  // how many of them belong to the pages
-  const int64_t* start_ptr;  // [B] or null
-  int64_t batch, rows;
-  int64_t position;  // of row 0
-  int64_t sinks;
+  static constexpr int kStores = 2;
+  CacheStore stores[kStores] = {};  // keys, values
+  HeadList heads = {};     // of the sources: those of the pages in their order, then of the rings
+  int32_t page_heads = 0;  // how many of them belong to the pages
+  const int64_t* start_ptr = nullptr;  // [B] or null
+  int64_t batch = 0, rows = 0;
+  int64_t position = 0;  // of row 0
+  int64_t sinks = 0;
+  CacheStore index = {};  // pages only, a head each
+  int32_t index_heads = 0;
+  int64_t index_slot = 0;  // of row 0
 };
 
 /// keys [B, heads, sinks + window + rows, D] in order of position, from a ring and new rows.

@@ -23,6 +23,7 @@ namespace rtpurbo {
 namespace {
 
 constexpr int64_t kPages = -1;
+constexpr int64_t kPosition = -1;  // as an index slot
 
 using Unrolled = std::tuple<at::Tensor, at::Tensor>;
 
@@ -75,10 +76,21 @@ std::vector<int64_t> every_head(int64_t num_heads) {
   return heads;
 }
 
+void check_index_store(const char* op, const at::Tensor& k_index, const at::Tensor& index_pages,
+                       int64_t slot) {
+  check_store(op, "index_pages", index_pages, k_index, k_index.size(1));
+  check_capacity(op, "index_pages", index_pages, slot + k_index.size(2));
+}
+
+int64_t slot_of(int64_t index_slot, int64_t position) {
+  return index_slot == kPosition ? position : index_slot;
+}
+
 void check_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_ring,
                   const at::Tensor& v_ring, const at::Tensor& k_pages, const at::Tensor& v_pages,
                   at::IntArrayRef full_heads, int64_t position, int64_t sinks,
-                  const std::optional<at::Tensor>& start) {
+                  const std::optional<at::Tensor>& start, const std::optional<at::Tensor>& k_index,
+                  const std::optional<at::Tensor>& index_pages, int64_t index_slot) {
   constexpr const char* kOp = "cache_append";
   check_tensor(kOp, "k", k, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
   check_tensor(kOp, "v", v, "[B, Hk, M, D]", {k.size(0), k.size(1), k.size(2), kAnySize});
@@ -97,6 +109,16 @@ void check_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_
   };
   check_side("k_ring", "k_pages", k, k_ring, k_pages);
   check_side("v_ring", "v_pages", v, v_ring, v_pages);
+  TORCH_CHECK_VALUE(k_index.has_value() == index_pages.has_value(), "rtpurbo::", kOp, ": ",
+                    k_index ? "index_pages" : "k_index", " must be given with ",
+                    k_index ? "k_index" : "index_pages", ", got None");
+  TORCH_CHECK_VALUE(index_slot >= kPosition, "rtpurbo::", kOp,
+                    ": index_slot must be >= 0, or -1 for position, got ", index_slot);
+  if (!k_index) return;
+  check_tensor(kOp, "k_index", *k_index, "[B, Rk, M, r]",
+               {k.size(0), kAnySize, k.size(2), kAnySize});
+  check_device(kOp, "k_index", *k_index, "k", k);
+  check_index_store(kOp, *k_index, *index_pages, slot_of(index_slot, position));
 }
 
 void check_append_index(const at::Tensor& k_index, const at::Tensor& index_pages,
@@ -104,8 +126,7 @@ void check_append_index(const at::Tensor& k_index, const at::Tensor& index_pages
   constexpr const char* kOp = "cache_append_index";
   check_tensor(kOp, "k_index", k_index, "[B, Rk, M, r]", {kAnySize, kAnySize, kAnySize, kAnySize});
   check_position(kOp, position, 0);
-  check_store(kOp, "index_pages", index_pages, k_index, k_index.size(1));
-  check_capacity(kOp, "index_pages", index_pages, position + k_index.size(2));
+  check_index_store(kOp, k_index, index_pages, position);
 }
 
 /// Checks the arguments of cache_unroll, and returns keys and start_local to be filled.
@@ -124,8 +145,8 @@ Unrolled check_and_allocate(const at::Tensor& ring, const at::Tensor& added,
           at::empty({ring.size(0)}, ring.options().dtype(at::kLong))};
 }
 
-void append(const at::Tensor& source, at::Tensor& target, at::IntArrayRef heads, int64_t position,
-            int64_t sinks, int64_t slot_window, const int64_t* start) {
+void append(const at::Tensor& source, const at::Tensor& target, at::IntArrayRef heads,
+            int64_t position, int64_t sinks, int64_t slot_window, const int64_t* start) {
   if (heads.empty()) return;
   cpu::cache_append_kernel({.source = bytes_view(source),
                             .target = bytes_view(target),
@@ -140,11 +161,18 @@ void append(const at::Tensor& source, at::Tensor& target, at::IntArrayRef heads,
                             .slot_window = slot_window});
 }
 
+void append_index(const at::Tensor& k_index, const at::Tensor& index_pages, int64_t slot) {
+  append(k_index, index_pages, every_head(k_index.size(1)), slot, 0, kPages, nullptr);
+}
+
 void cache_append_cpu(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring,
                       at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
                       at::IntArrayRef full_heads, int64_t position, int64_t sinks,
-                      const std::optional<at::Tensor>& start) {
-  check_append(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start);
+                      const std::optional<at::Tensor>& start,
+                      const std::optional<at::Tensor>& k_index,
+                      const std::optional<at::Tensor>& index_pages, int64_t index_slot) {
+  check_append(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start, k_index,
+               index_pages, index_slot);
   const std::vector<int64_t> local = other_heads(full_heads, k.size(1));
   at::Tensor start_kept;
   const int64_t* starts = start_ptr(start, start_kept);
@@ -152,11 +180,12 @@ void cache_append_cpu(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ri
   append(v, v_pages, full_heads, position, sinks, kPages, starts);
   append(k, k_ring, local, position, sinks, k_ring.size(2) - sinks, starts);
   append(v, v_ring, local, position, sinks, v_ring.size(2) - sinks, starts);
+  if (k_index) append_index(*k_index, *index_pages, slot_of(index_slot, position));
 }
 
 void cache_append_index_cpu(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
   check_append_index(k_index, index_pages, position);
-  append(k_index, index_pages, every_head(k_index.size(1)), position, 0, kPages, nullptr);
+  append_index(k_index, index_pages, position);
 }
 
 Unrolled cache_unroll_cpu(const at::Tensor& ring, const at::Tensor& added,
@@ -191,47 +220,47 @@ cuda::CacheStore cuda_store(const at::Tensor& source, const at::Tensor& pages,
           .window = ring.size(2) - sinks};
 }
 
+void put_index(cuda::CacheAppendParams& params, const at::Tensor& k_index,
+               const at::Tensor& index_pages, int64_t slot) {
+  params.index = cuda_store(k_index, index_pages, index_pages, 0);
+  params.index_heads = static_cast<int32_t>(k_index.size(1));
+  params.index_slot = slot;
+}
+
 void cache_append_cuda(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring,
                        at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
                        at::IntArrayRef full_heads, int64_t position, int64_t sinks,
-                       const std::optional<at::Tensor>& start) {
-  check_append(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start);
+                       const std::optional<at::Tensor>& start,
+                       const std::optional<at::Tensor>& k_index,
+                       const std::optional<at::Tensor>& index_pages, int64_t index_slot) {
+  check_append(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start, k_index,
+               index_pages, index_slot);
   std::vector<int64_t> heads = full_heads.vec();
   const std::vector<int64_t> local = other_heads(full_heads, k.size(1));
   heads.insert(heads.end(), local.begin(), local.end());
   const c10::cuda::CUDAGuard guard(k.device());
   at::Tensor start_kept;
-  RTPURBO_CUDA_CHECK(
-      "cache_append",
-      cuda::launch_cache_append(
-          {.stores = {cuda_store(k, k_pages, k_ring, sinks), cuda_store(v, v_pages, v_ring, sinks)},
-           .stores_count = 2,
-           .heads = cuda::head_list("cache_append", "k", heads),
-           .page_heads = static_cast<int32_t>(full_heads.size()),
-           .start_ptr = start_ptr(start, start_kept),
-           .batch = k.size(0),
-           .rows = k.size(2),
-           .position = position,
-           .sinks = sinks},
-          c10::cuda::getCurrentCUDAStream()));
+  cuda::CacheAppendParams params{
+      .stores = {cuda_store(k, k_pages, k_ring, sinks), cuda_store(v, v_pages, v_ring, sinks)},
+      .heads = cuda::head_list("cache_append", "k", heads),
+      .page_heads = static_cast<int32_t>(full_heads.size()),
+      .start_ptr = start_ptr(start, start_kept),
+      .batch = k.size(0),
+      .rows = k.size(2),
+      .position = position,
+      .sinks = sinks};
+  if (k_index) put_index(params, *k_index, *index_pages, slot_of(index_slot, position));
+  RTPURBO_CUDA_CHECK("cache_append",
+                     cuda::launch_cache_append(params, c10::cuda::getCurrentCUDAStream()));
 }
 
 void cache_append_index_cuda(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
   constexpr const char* kOp = "cache_append_index";
   check_append_index(k_index, index_pages, position);
   const c10::cuda::CUDAGuard guard(k_index.device());
-  RTPURBO_CUDA_CHECK(kOp,
-                     cuda::launch_cache_append(
-                         {.stores = {cuda_store(k_index, index_pages, index_pages, 0)},
-                          .stores_count = 1,
-                          .heads = cuda::head_list(kOp, "k_index", every_head(k_index.size(1))),
-                          .page_heads = static_cast<int32_t>(k_index.size(1)),
-                          .start_ptr = nullptr,
-                          .batch = k_index.size(0),
-                          .rows = k_index.size(2),
-                          .position = position,
-                          .sinks = 0},
-                         c10::cuda::getCurrentCUDAStream()));
+  cuda::CacheAppendParams params{.batch = k_index.size(0), .rows = k_index.size(2)};
+  put_index(params, k_index, index_pages, position);
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_cache_append(params, c10::cuda::getCurrentCUDAStream()));
 }
 
 Unrolled cache_unroll_cuda(const at::Tensor& ring, const at::Tensor& added,
@@ -264,11 +293,14 @@ Unrolled cache_unroll_cuda(const at::Tensor& ring, const at::Tensor& added,
 
 void cache_append(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring, at::Tensor& v_ring,
                   at::Tensor& k_pages, at::Tensor& v_pages, at::IntArrayRef full_heads,
-                  int64_t position, int64_t sinks, const std::optional<at::Tensor>& start) {
+                  int64_t position, int64_t sinks, const std::optional<at::Tensor>& start,
+                  const std::optional<at::Tensor>& k_index,
+                  const std::optional<at::Tensor>& index_pages, int64_t index_slot) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rtpurbo::cache_append", "")
                              .typed<decltype(cache_append)>();
-  op.call(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start);
+  op.call(k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start, k_index,
+          index_pages, index_slot);
 }
 
 void cache_append_index(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position) {
@@ -291,7 +323,8 @@ std::tuple<at::Tensor, at::Tensor> cache_unroll(const at::Tensor& ring, const at
 TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
   m.def(
       "cache_append(Tensor k, Tensor v, Tensor(a!) k_ring, Tensor(b!) v_ring, Tensor(c!) k_pages,"
-      " Tensor(d!) v_pages, int[] full_heads, int position, int sinks, Tensor? start=None) -> ()");
+      " Tensor(d!) v_pages, int[] full_heads, int position, int sinks, Tensor? start=None,"
+      " Tensor? k_index=None, Tensor(e!)? index_pages=None, int index_slot=-1) -> ()");
   m.def("cache_append_index(Tensor k_index, Tensor(a!) index_pages, int position) -> ()");
   m.def(
       "cache_unroll(Tensor ring, Tensor new, int[] local_heads, int position, int sinks,"

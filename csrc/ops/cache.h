@@ -16,12 +16,18 @@ namespace rtpurbo {
 /// k_pages, v_pages [B, F, capacity, D], position + M <= capacity, written in place
 /// full_heads       ascending KV heads, F of them
 /// start            int64 [B], first real key of each sequence (left padding)
+/// k_index          [B, Rk, M, r] index keys of the tokens, for
+/// index_pages      [B, Rk, capacity, r], from slot index_slot on (-1: position), written in place
 void cache_append(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring, at::Tensor& v_ring,
                   at::Tensor& k_pages, at::Tensor& v_pages, at::IntArrayRef full_heads,
                   int64_t position, int64_t sinks,
-                  const std::optional<at::Tensor>& start = std::nullopt);
+                  const std::optional<at::Tensor>& start = std::nullopt,
+                  const std::optional<at::Tensor>& k_index = std::nullopt,
+                  const std::optional<at::Tensor>& index_pages = std::nullopt,
+                  int64_t index_slot = -1);
 
-/// Appends index keys k_index [B, Rk, M, r] to index_pages [B, Rk, capacity, r], slot = position.
+/// Appends rows of any kind for each index key head, k_index [B, Rk, M, r], to index_pages
+/// [B, Rk, capacity, r], slot = position: codes, ranges, or index keys.
 void cache_append_index(const at::Tensor& k_index, at::Tensor& index_pages, int64_t position);
 
 /// The keys that the local KV heads' rows see in chunked prefill, in order of position: what the

@@ -19,8 +19,11 @@ def cache_append(
     position: int,
     sinks: int,
     start: Tensor | None = None,
+    k_index: Tensor | None = None,
+    index_pages: Tensor | None = None,
+    index_slot: int = -1,
 ) -> None:
-    """Appends the tokens at positions position .. position + M - 1 in place.
+    """Appends the tokens at positions position .. position + M - 1 in place, on CUDA in one launch.
 
     KV heads in full_heads go to the pages, slot = position. The others go to the ring: with
     t = n - start, t < sinks to slot t, later ones to sinks + (t - sinks) % window; padding (t < 0)
@@ -34,17 +37,26 @@ def cache_append(
         position: of the first new token.
         sinks: the first keys of a sequence, which stay.
         start: int64 [B], first real key of each sequence (left padding).
+        k_index: [B, Rk, M, r], index keys of the tokens, any dtype.
+        index_pages: [B, Rk, capacity, r] of k_index's dtype; given with k_index.
+        index_slot: slot of the first of them, -1: position.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range, device or dtype.
     """
     rtpurbo_ops.cache_append(
-        k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start
-    )
+        k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start,
+        k_index, index_pages, index_slot,
+    )  # fmt: skip
 
 
 def cache_append_index(k_index: Tensor, index_pages: Tensor, position: int) -> None:
-    """Appends index keys [B, Rk, M, r] in place to index_pages [B, Rk, capacity, r].
+    """Appends codes, ranges or index keys [B, Rk, M, r] in place to index_pages.
+
+    Args:
+        k_index: [B, Rk, M, r], any dtype.
+        index_pages: [B, Rk, capacity, r] of that dtype, position + M <= capacity.
+        position: slot of the first row.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, range, device or dtype.
@@ -95,6 +107,9 @@ def _(
     position: int,
     sinks: int,
     start: Tensor | None = None,
+    k_index: Tensor | None = None,
+    index_pages: Tensor | None = None,
+    index_slot: int = -1,
 ) -> None:
     return None
 

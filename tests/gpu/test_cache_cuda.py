@@ -52,9 +52,14 @@ def test_random_histories_equal_the_cpu(seed):
     rings, pages = (
         [Store(rng, generator, dtype, batch, *size, dim) for dim in dims] for size in sizes
     )
+    index_heads, index_dim, index_dtype = rng.randint(0, 4), rng.choice([1, 15, 16]), torch.float16
+    index_pages = Store(rng, generator, index_dtype, batch, index_heads, length + 40, index_dim)
+    ahead = rng.choice([0, 0, 7, 40])  # of the index's slots
     position = 0
     for chunk in chunks:
         new = [Store(rng, generator, dtype, batch, heads, chunk, dim) for dim in dims]
+        new_index = Store(rng, generator, index_dtype, batch, index_heads, chunk, index_dim)
+        index_slot = -1 if ahead == 0 else position + ahead
         starts = {"cpu": start, "cuda": None if start is None else start.cuda()}
         for ring, rows in zip(rings, new, strict=True):
             want, got = (
@@ -65,9 +70,14 @@ def test_random_histories_equal_the_cpu(seed):
             assert torch.equal(want[1], got[1].cpu())
         for on in ("cpu", "cuda"):
             stores = [store.view(on) for store in (*new, *rings, *pages)]
-            ops.cache_append(*stores, full, position, sinks, starts[on])
+            index = (new_index.view(on), index_pages.view(on), index_slot)
+            if rng.random() < 0.2:
+                ops.cache_append(*stores, full, position, sinks, starts[on])
+                ops.cache_append_index(*index[:2], max(position, index_slot))
+            else:
+                ops.cache_append(*stores, full, position, sinks, starts[on], *index)
         position += chunk
-        for store in (*new, *rings, *pages):
+        for store in (*new, new_index, *rings, *pages, index_pages):
             store.assert_equal()
 
 
@@ -125,8 +135,8 @@ def test_graph_capture_replays(cuda_device):
 
     def step(ring, other_ring, pages, other_pages, index_pages):
         unrolled = ops.cache_unroll(ring, new, [0, 2], 11, 2, start)
-        ops.cache_append(new, -new, ring, other_ring, pages, other_pages, [1], 11, 2, start)
-        ops.cache_append_index(index, index_pages, 11)
+        stores = (ring, other_ring, pages, other_pages)
+        ops.cache_append(new, -new, *stores, [1], 11, 2, start, index, index_pages)
         return unrolled
 
     kept = [ring, -ring, pages, -pages, index_pages]
@@ -153,9 +163,8 @@ def test_beyond_2_to_the_31_elements(cuda_device):
     assert not pages[0, 0, :-3].any()
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_opcheck(number):
-    sample = cache_samples(torch.float32)[number]
+@pytest.mark.parametrize("sample", cache_samples(torch.float32), ids=str)
+def test_opcheck(sample):
     torch.library.opcheck(
         getattr(torch.ops.rtpurbo, sample.op).default,
         (),

@@ -19,7 +19,12 @@ def cache_append(
     position: int,
     sinks: int,
     start: Tensor | None = None,
+    k_index: Tensor | None = None,
+    index_pages: Tensor | None = None,
+    index_slot: int = -1,
 ) -> None:
+    if k_index is not None and index_pages is not None:
+        cache_append_index(k_index, index_pages, position if index_slot < 0 else index_slot)
     batch, kv_heads, tokens, _ = k.shape
     full = list(full_heads)
     local = [head for head in range(kv_heads) if head not in full]
