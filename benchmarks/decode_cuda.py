@@ -17,7 +17,7 @@ from benchmarks.dense import BACKENDS, dense
 from benchmarks.peers.decode import decode_peers
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 from rtpurbo import ops
-from rtpurbo.attention import fewest_to_select_from
+from rtpurbo.short_inputs import fewest_to_select_from
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
 ROW = 2 * DIM * 2  # bytes of a key and its value

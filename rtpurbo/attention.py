@@ -3,18 +3,18 @@
 | tokens in the cache | query rows | what runs |
 |---|---|---|
 | none | any | `ops.attention` on the given k and v, then append |
-| some | one | append, then `sparse_decode`, or `decode` of all keys while few are far; |
+| some | one | append, then `sparse_decode`, or `decode` of all keys of short inputs; |
 |      |     | with `refine` `near_lse`, `select` and `decode` |
 | some | more | `cache_unroll`, append, then `ops.attention` on pages and unrolled rings |
 
-Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`.
+Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`;
+what a short input is says `short_inputs`.
 Rows score the keys of their window in 16 bits: the cache quantises at the end of a forward
 (`settle`).
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from rtpurbo import ops
 from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer, IndexKeys
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
+from rtpurbo.short_inputs import decode_selects, prefill_selects
 
 IMPLEMENTATION = "rtpurbo"
 TILE = 128
@@ -34,10 +35,6 @@ TILE_RANK: Literal["sum", "max"] = "max"
 _MIN_TILE_BLOCKS = 4
 MOST_TILE_BLOCKS = 4096
 """A tile that needs more runs dense, which `stats` counts; not a share, so that chunks agree."""
-SPARED_BYTES = 1 << 27
-"""What a selection must spare a GPU to read: the time of its stages, 30 to 45 us on Hopper."""
-SCORE_BYTES = 32
-"""What a GPU reads while it ranks one score of a retrieval head, the index key aside."""
 
 
 def min_tile_blocks(config: RTPurboConfig) -> int:
@@ -202,8 +199,7 @@ def _decode(
     window = cache.layout.ring_capacity - config.sinks
     local = bool(cache.layout.local_heads)
     k_ring, v_ring = (cache.k_ring, cache.v_ring) if local else (None, None)
-    far = cache.length - config.near_window - config.sinks
-    if q_index is None or far < _select_from(context, q):
+    if q_index is None or not decode_selects(context, q, cache.length):
         out, last.lse = ops.decode(
             q, k_pages, v_pages, heads, window, config.near_window, config.sinks, scale,
             k_local=k_ring, v_local=v_ring, start=start, length=cache.length,
@@ -234,38 +230,6 @@ def _decode(
     last.keep(cache)
     context.last = last
     return out
-
-
-def _select_from(context: LayerContext, q: Tensor) -> int:
-    """Far keys from which the retrieval heads select instead of reading all of them."""
-    config = context.state.config
-    if config.select_from is not None:
-        return max(1, config.select_from)
-    if q.device.type != "cuda":
-        return 1
-    batch, _, _, dim = q.shape
-    row = 2 * dim * q.element_size()
-    index_key = config.index_dim * config.index_bits // 8
-    floor = config.min_tokens * row
-    heads, read = len(context.heads), len(context.full_kv_heads) * row
-    # What `sparse_decode` does in one launch; see csrc/cuda/sparse_decode.cu.
-    fused = q.element_size() == 2 and dim in (64, 128, 256) and config.index_dim == 16
-    one_launch = fused and not config.refine
-    return fewest_to_select_from(batch, heads, read, index_key, floor, one_launch)
-
-
-def fewest_to_select_from(
-    batch: int, heads: int, read: int, index_key: int, floor: int, one_launch: bool = True
-) -> int:
-    """Far keys from which a selection is quicker on a GPU than to read all of them.
-
-    `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans;
-    `floor`: bytes of keys and values that a retrieval head reads at least; `one_launch`: instead of
-    one for each of `near_lse`, `select` and `decode`.
-    """
-    spared = batch * (read - heads * (index_key + SCORE_BYTES))
-    least = SPARED_BYTES * (1 if one_launch else 2) + batch * heads * floor
-    return least // spared + 1 if spared > 0 else sys.maxsize
 
 
 def _project(context: LayerContext, needed: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -302,8 +266,7 @@ def _tiles(
     """What retrieval heads see in prefill: block lists, or nothing where they run dense."""
     config = context.state.config
     last = context.last = LastForward(q.shape[2], k.shape[2], q.shape[0], start, scale)
-    near_only = last.keys <= config.near_window + config.sinks
-    if q_index is not None and keys is not None and config.prefill == "sparse" and not near_only:
+    if q_index is not None and keys is not None and prefill_selects(context, q, last.keys):
         index, q, k = context.index, q.detach(), k.detach()
         last.indices, last.counts, last.mass = ops.select_tiles(
             q_index, keys.keys, index.index_map, index.threshold, config.near_window, config.sinks,

@@ -41,10 +41,10 @@ class RTPurboConfig:
         index_bits: bits of an index-key dimension, once its token is outside the window: 16, or 8
             or 4 with a minimum and a step for each block of 64 tokens. A key of r = 16 then weighs
             32, 17 or 9 bytes.
-        select_from: keys outside window and sinks from which decode selects; the retrieval heads
-            read all of fewer. None: 1 on a CPU; on CUDA what spares a layer's batch 128 MiB of keys
-            and values, less what it costs to rank their scores; below that selecting is slower, so
-            that more of a short context is read.
+        select_from: keys outside window and sinks from which a decode step, and a pass of sparse
+            prefill, selects; the retrieval heads read all of fewer. None: 1 on a CPU; on CUDA from
+            where that is quicker by `rtpurbo.short_inputs`, so that more of a short context is
+            read.
         refine: with index_bits 8 or 4 and block_size 1: decode takes twice the tokens that the
             codes select, scores them again with 16-bit index keys, and selects among them. Those
             keys are kept for all tokens then, so that an index key of r = 16 weighs 49 or 41 bytes.

@@ -1,10 +1,12 @@
 """The cases of the prefill benchmark, on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import flex, prefill_cuda, prefill_layer
+from benchmarks import flex, prefill_cuda, prefill_layer, prefill_short_cuda
 from benchmarks.attention import Layer
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.prefill_layer import SINKS, Prefill
@@ -93,3 +95,17 @@ def test_every_goal_has_its_case():
     expected.add((32768, "0.19", 3.0))
     assert {(k, d, *goal.values()) for k, d, goal in goals} == expected
     assert len(goals) == len(expected)
+
+
+def given(value, *_, **__):
+    return value
+
+
+def test_a_short_prefill_runs_as_the_rule_says(monkeypatch):
+    prefill = Prefill(LAYER, 1024, "cpu")
+    for spared, way in ((-1.0, "dense retrieval heads"), (1.0, "listed retrieval heads")):
+        monkeypatch.setattr(prefill_short_cuda, "seconds_spared", partial(given, spared))
+        case = prefill_short_cuda.case_of(prefill, 256)
+        assert case.run is case.baselines[way]
+        assert case.facts == {"selects": float(spared > 0)}
+        case.run()

@@ -1,12 +1,9 @@
 """What sparse decode selects and gives, against the references; what `stats` says about it."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import rtpurbo
-from rtpurbo.attention import SCORE_BYTES, SPARED_BYTES, _select_from
 from rtpurbo.patching import state
 from tests import reference
 from tests.models.tiny import (
@@ -20,7 +17,6 @@ from tests.models.tiny import (
     in_pieces,
     padded,
     tiny,
-    tokens,
     whole,
 )
 
@@ -96,46 +92,6 @@ def test_decode_of_the_first_layer(settings):
     last = state(model).layers[0].last
     assert torch.equal(last.counts, counts.int())
     torch.testing.assert_close(last.mass.double(), mass, atol=1e-3, rtol=1e-3)
-
-
-def test_few_far_keys_are_all_read():
-    """80 far keys are read, of 81 some are selected."""
-    ids, logits = tokens(91), {}
-    near = {"window": WINDOW, "sinks": SINKS, "min_tokens": 1}
-    for settings in ({"top_p": 1.0}, {"top_p": 0.05, "select_from": 81}):
-        model = rtpurbo.sparsify(tiny(), config(**near, **settings))
-        logits[settings["top_p"]] = in_pieces(model, ids, [89, 1, 1])
-    torch.testing.assert_close(logits[0.05][:, :90], logits[1.0][:, :90], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits[0.05][:, 90], logits[1.0][:, 90], atol=1e-2)
-    last = state(model).layers[0].last
-    assert last.keys == 91 and (last.counts < 81).all()
-    model = rtpurbo.sparsify(tiny(), config(**near, top_p=0.05, select_from=81))
-    in_pieces(model, ids[:, :90], [89, 1])
-    assert state(model).layers[0].last.counts is None
-    assert rtpurbo.stats(model)["attended_tokens"] == pytest.approx((3 * 90 + 3 * 10) / 6)
-
-
-def test_a_gpu_selects_where_reading_all_keys_costs_more():
-    model = rtpurbo.sparsify(tiny(), config(index_bits=8, min_tokens=1000))
-    context = state(model).layers[0]
-    q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
-    least = _select_from(context, q)
-    assert len(context.full_kv_heads) == 2
-    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte. Twice what one launch
-    # must spare, which an index dim of 16 has.
-    spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
-    listed = 2 * 3 * 1000 * 2 * 128 * 2
-    assert (least - 1) * spared <= 2 * SPARED_BYTES + listed < least * spared
-    for refine, launches in ((False, 1), (True, 2)):
-        wider = dict(index_bits=8, index_dim=16, min_tokens=1000, refine=refine)
-        context = state(rtpurbo.sparsify(tiny(), config(**wider))).layers[0]
-        least = _select_from(context, q)
-        spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + SCORE_BYTES))
-        assert (least - 1) * spared <= launches * SPARED_BYTES + listed < least * spared
-    q.device = torch.device("cpu")
-    assert _select_from(context, q) == 1
-    q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
-    assert _select_from(context, q) > 2**31  # an index key weighs more than a key
 
 
 def test_tiles_that_need_too_many_blocks_run_dense(monkeypatch):

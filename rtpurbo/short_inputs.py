@@ -1,0 +1,109 @@
+"""The short-input rule: where retrieval heads read every key, as to select would take longer.
+
+Selecting costs launches, and what it takes to score and rank the far keys; it spares reading most
+of them. On a CPU it always pays. On CUDA the constants below, measured on an H200, decide for each
+pass; `RTPurboConfig.select_from` decides otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor
+
+from rtpurbo.context import LayerContext
+
+SPARED_BYTES = 1 << 27
+"""What a selection must spare a decode step to read: the time of its stages, 30 to 45 us."""
+SCORE_BYTES = 32
+"""What a decode step reads while it ranks one score of a retrieval head, the index key aside."""
+
+FAST_INDEX_DIM = 16
+"""The one that selection has kernels for on tensor cores, and in one launch with decode."""
+
+PREFILL_SECONDS = 1e-4
+"""Of the launches and the choosing of a sparse prefill."""
+LISTED_SHARE = 0.3
+"""Of a head's far pairs of a row and a key that its lists keep, as short inputs want them."""
+SLOW_SCORE_SECONDS = 8e-12
+"""Of a score of `select_tiles` with another index dim: many times what attention costs."""
+
+
+def decode_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
+    """Whether a decode step over `keys` tokens selects; q [B, Hq, 1, D]."""
+    config = context.state.config
+    return keys - config.near_window - config.sinks >= fewest_far_keys(context, q)
+
+
+def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
+    """Far keys from which a decode step selects."""
+    config = context.state.config
+    if config.select_from is not None:
+        return max(1, config.select_from)
+    if q.device.type != "cuda":
+        return 1
+    batch, _, _, dim = q.shape
+    row = 2 * dim * q.element_size()
+    index_key = config.index_dim * config.index_bits // 8
+    floor = config.min_tokens * row
+    heads, read = len(context.heads), len(context.full_kv_heads) * row
+    # What `sparse_decode` does in one launch; see csrc/cuda/sparse_decode.cu.
+    fused = q.element_size() == 2 and dim in (64, 128, 256) and config.index_dim == FAST_INDEX_DIM
+    one_launch = fused and not config.refine
+    return fewest_to_select_from(batch, heads, read, index_key, floor, one_launch)
+
+
+def fewest_to_select_from(
+    batch: int, heads: int, read: int, index_key: int, floor: int, one_launch: bool = True
+) -> int:
+    """Far keys from which a selection is quicker on a GPU than to read all of them.
+
+    `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans;
+    `floor`: bytes of keys and values that a retrieval head reads at least; `one_launch`: instead of
+    one for each of `near_lse`, `select` and `decode`.
+    """
+    spared = batch * (read - heads * (index_key + SCORE_BYTES))
+    least = SPARED_BYTES * (1 if one_launch else 2) + batch * heads * floor
+    return least // spared + 1 if spared > 0 else sys.maxsize
+
+
+def prefill_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
+    """Whether a pass of rows q [B, Hq, M, D] over `keys` tokens selects blocks."""
+    config = context.state.config
+    near = config.near_window + config.sinks
+    if config.prefill != "sparse" or keys <= near:
+        return False
+    if config.select_from is not None:
+        return keys - near >= config.select_from
+    if q.device.type != "cuda":
+        return True
+    batch, _, rows, dim = q.shape
+    beyond_window = config.index == "beyond_window"
+    pairs = batch * len(context.heads)
+    return seconds_spared(pairs, rows, keys, near, dim, config.index_dim, beyond_window) > 0
+
+
+def seconds_spared(
+    pairs: int, rows: int, keys: int, near: int, dim: int, index_dim: int, beyond_window: bool
+) -> float:
+    """What sparse prefill spares a GPU; negative where dense retrieval heads are quicker.
+
+    `pairs`: of a sequence and a retrieval head; `near`: keys of the window and sinks; the `rows`
+    are the last of the `keys`.
+    """
+    far_pairs = _triangle(keys - near) - _triangle(keys - near - rows)
+    near_pairs = _triangle(keys) - _triangle(keys - rows) - far_pairs
+    attention = 0.18e-12 + 5.3e-15 * dim  # seconds of a row and a key, as all that follow
+    near_lse = 0.39e-12 + 2.2e-15 * dim
+    near_score, far_score = (0.0, 0.1e-12) if beyond_window else (1.5e-12, 0.2e-12)
+    if index_dim != FAST_INDEX_DIM:
+        near_score, far_score = 0.0 if beyond_window else SLOW_SCORE_SECONDS, SLOW_SCORE_SECONDS
+    spent = near_score * near_pairs + far_score * far_pairs
+    if beyond_window:
+        spent += near_lse * near_pairs
+    spared = attention * (1 - LISTED_SHARE) * far_pairs
+    return pairs * (spared - spent) - PREFILL_SECONDS
+
+
+def _triangle(n: int) -> int:
+    return max(n, 0) * (max(n, 0) + 1) // 2

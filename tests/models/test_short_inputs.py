@@ -1,0 +1,107 @@
+"""The short-input rule: where retrieval heads read every key."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rtpurbo
+from rtpurbo.patching import state
+from rtpurbo.short_inputs import (
+    PREFILL_SECONDS,
+    SCORE_BYTES,
+    SPARED_BYTES,
+    fewest_far_keys,
+    prefill_selects,
+    seconds_spared,
+)
+from tests.models.tiny import config, in_pieces, tiny, tokens
+
+pytestmark = pytest.mark.families
+WINDOW, SINKS = 8, 2
+
+
+def test_few_far_keys_are_all_read():
+    """80 far keys are read, of 81 some are selected."""
+    ids, logits = tokens(91), {}
+    near = {"window": WINDOW, "sinks": SINKS, "min_tokens": 1}
+    for settings in ({"top_p": 1.0}, {"top_p": 0.05, "select_from": 81}):
+        model = rtpurbo.sparsify(tiny(), config(**near, **settings))
+        logits[settings["top_p"]] = in_pieces(model, ids, [89, 1, 1])
+    torch.testing.assert_close(logits[0.05][:, :90], logits[1.0][:, :90], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits[0.05][:, 90], logits[1.0][:, 90], atol=1e-2)
+    last = state(model).layers[0].last
+    assert last.keys == 91 and (last.counts < 81).all()
+    model = rtpurbo.sparsify(tiny(), config(**near, top_p=0.05, select_from=81))
+    in_pieces(model, ids[:, :90], [89, 1])
+    assert state(model).layers[0].last.counts is None
+    assert rtpurbo.stats(model)["attended_tokens"] == pytest.approx((3 * 90 + 3 * 10) / 6)
+
+
+def test_a_gpu_selects_where_reading_all_keys_costs_more():
+    model = rtpurbo.sparsify(tiny(), config(index_bits=8, min_tokens=1000))
+    context = state(model).layers[0]
+    q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
+    least = fewest_far_keys(context, q)
+    assert len(context.full_kv_heads) == 2
+    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte. Twice what one launch
+    # must spare, which an index dim of 16 has.
+    spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
+    listed = 2 * 3 * 1000 * 2 * 128 * 2
+    assert (least - 1) * spared <= 2 * SPARED_BYTES + listed < least * spared
+    for refine, launches in ((False, 1), (True, 2)):
+        wider = dict(index_bits=8, index_dim=16, min_tokens=1000, refine=refine)
+        context = state(rtpurbo.sparsify(tiny(), config(**wider))).layers[0]
+        least = fewest_far_keys(context, q)
+        spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + SCORE_BYTES))
+        assert (least - 1) * spared <= launches * SPARED_BYTES + listed < least * spared
+    q.device = torch.device("cpu")
+    assert fewest_far_keys(context, q) == 1
+    q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
+    assert fewest_far_keys(context, q) > 2**31  # an index key weighs more than a key
+
+
+@pytest.mark.parametrize(
+    "pairs, dim, keys, window, speed",
+    [
+        (5, 128, 4096, 1024, 0.70), (5, 128, 12288, 256, 1.15), (5, 128, 16384, 8192, 0.87),
+        (5, 128, 24576, 1024, 1.31), (5, 128, 65536, 8192, 1.12), (1, 64, 8192, 256, 0.74),
+        (1, 64, 16384, 1024, 0.76), (1, 64, 32768, 256, 1.33), (1, 64, 32768, 8192, 0.92),
+        (1, 64, 65536, 4096, 1.20),
+    ],
+)  # fmt: skip
+def test_the_rule_of_sparse_prefill_is_what_was_measured(pairs, dim, keys, window, speed):
+    """`speed`: of a layer's sparse prefill against dense retrieval heads, on an H200, as graphs."""
+    spared = seconds_spared(pairs, keys, keys, window + 4, dim, 16, beyond_window=True)
+    assert (spared > 0) == (speed > 1)
+    assert seconds_spared(pairs, keys, keys, window + 4, dim, 24, beyond_window=True) < 0
+    chunk = keys // 2
+    before = seconds_spared(pairs, chunk, chunk, window + 4, dim, 16, beyond_window=True)
+    rest = seconds_spared(pairs, chunk, keys, window + 4, dim, 16, beyond_window=True)
+    assert before + rest == pytest.approx(spared - PREFILL_SECONDS)
+
+
+def test_a_short_prefill_sees_every_key():
+    ids = tokens(200)
+    dense = rtpurbo.sparsify(tiny(), config(window=WINDOW, sinks=SINKS))
+    far = 200 - WINDOW - SINKS
+    for select_from, lists in ((far + 1, False), (far, True), (None, True)):
+        model = rtpurbo.sparsify(
+            tiny(), config(window=WINDOW, sinks=SINKS, prefill="sparse", select_from=select_from)
+        )
+        out = model(ids).logits
+        assert (state(model).layers[0].last.counts is not None) == lists
+        if not lists:
+            torch.testing.assert_close(out, dense(ids).logits, atol=0, rtol=0)
+
+
+def test_a_gpu_prefills_sparsely_where_that_spares_time():
+    settings = dict(window=WINDOW, sinks=SINKS, prefill="sparse", index_dim=16)
+    context = state(rtpurbo.sparsify(tiny(), config(**settings))).layers[0]
+    for keys, selects in ((4096, False), (65536, True)):
+        q = SimpleNamespace(shape=(1, 6, keys, 128), device=torch.device("cuda"))
+        assert prefill_selects(context, q, keys) == selects
+        q.device = torch.device("cpu")
+        assert prefill_selects(context, q, keys)
+    dense = state(rtpurbo.sparsify(tiny(), config(window=WINDOW, sinks=SINKS))).layers[0]
+    assert not prefill_selects(dense, q, 65536)
