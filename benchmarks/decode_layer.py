@@ -3,6 +3,8 @@
 The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from rtpurbo.attention import fewest_to_select_from
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
 ROW = 2 * DIM * 2  # bytes of a key and its value
 RETRIEVAL = [1, 9, 10, 17, 30]
-WINDOW, SINKS, SELECTED = 8192, 4, 8192
+WINDOW, SINKS, SELECTED, TINY_P = 8192, 4, 8192, 1e-9
 SCALE = DIM**-0.5
 BLOCK = 64  # keys that are quantised together
 
@@ -28,9 +30,10 @@ class Step:
         bits: int = 16,
         shared: bool = False,
         selected: int = SELECTED,
+        device: str = "cuda",
     ) -> None:
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-            return torch.randn(shape, device="cuda", dtype=dtype)
+            return torch.randn(shape, device=device, dtype=dtype)
 
         group = HEADS // KV_HEADS
         owners = [head // group for head in retrieval]
@@ -64,10 +67,36 @@ class Step:
 
     def lists_by(self, k_index: Tensor, refine: bool = False) -> tuple[Tensor, Tensor]:
         indices, counts, _ = ops.select(
-            self.q_index, k_index, self.index_map, 1e-9, WINDOW, SINKS, self.floor,
+            self.q_index, k_index, self.index_map, TINY_P, WINDOW, SINKS, self.floor,
             near_lse=self.near, capacity=2 * self.floor, **self.coded, refine=refine,
         )  # fmt: skip
         return indices, counts
+
+    def scan(self) -> Tensor:
+        """The scores of `select` without a choice: p = 1 takes every key, and one has room."""
+        _, counts, _ = ops.select(
+            self.q_index, self.k_index, self.index_map, 1.0, WINDOW, SINKS, 0,
+            near_lse=self.near, capacity=1, **self.coded,
+        )  # fmt: skip
+        return counts
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """Of far keys, by index keys in 16 bits: float32 [batch * retrieval heads, far keys]."""
+        far = self.every_index[:, self.index_map, SINKS : self.k.shape[2] - WINDOW].float()
+        return (self.q_index.float() @ far.mT)[:, :, 0].flatten(0, 1) * INDEX_DIM**-0.5
+
+    def top_p(self) -> Tensor:
+        return ops.top_p(self.scores, TINY_P, self.floor, self.near.flatten())[0]
+
+    def attend_near(self) -> Tensor:
+        """All heads."""
+        return ops.decode(self.q, self.k, self.v, [], WINDOW, WINDOW, SINKS, SCALE)[0]
+
+    def gather(self) -> Tensor:
+        """`attend` with one near key a head, the fewest there can be."""
+        layer = self.q, self.k, self.v, self.retrieval
+        return ops.decode(*layer, 1, 1, 0, SCALE, *self.lists)[0]
 
     def attend(self) -> Tensor:
         return ops.decode(
@@ -92,17 +121,22 @@ class Step:
         return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
 
     def bytes(self, part: str) -> int:
-        """Keys, values and index keys that a part must read; each list counts for itself."""
+        """Keys, values, index keys or scores that a part must read; each list counts for itself."""
         batch, _, keys, _ = self.k.shape
         near, owners = min(keys, WINDOW + SINKS), len(set(self.owners))
         index = self.coded.values() or [self.k_index[:, :, near:]]
         scan = sum(tensor.numel() * tensor.element_size() for tensor in index)
+        every_near = batch * KV_HEADS * near * ROW
         listed = batch * len(self.retrieval) * self.floor * ROW
         every = {
             "near_lse": batch * owners * near * ROW // 2,
+            "scan": scan,
+            "top_p": batch * len(self.retrieval) * (keys - near) * 4,
             "select": scan,
             "refine": scan + batch * len(self.retrieval) * 2 * self.floor * INDEX_DIM * 2,
-            "attend": batch * KV_HEADS * near * ROW + listed,
+            "near": every_near,
+            "gather": listed,
+            "attend": every_near + listed,
             "dense": batch * (owners * keys + (KV_HEADS - owners) * near) * ROW,
         }
         every["sparse_decode"] = every["attend"] + scan
@@ -112,7 +146,7 @@ class Step:
     def select_and_attend(self, block_size: int = 1) -> Tensor:
         return ops.sparse_decode(
             self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
-            1e-9, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=block_size, **self.coded,
+            TINY_P, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=block_size, **self.coded,
         )[0]  # fmt: skip
 
     def fixed_blocks(self) -> Tensor:
