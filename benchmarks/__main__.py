@@ -33,7 +33,10 @@ def describe(name: str, result: dict[str, Any]) -> str:
     peak = result["peak_extra_bytes"]["ours"] / 2**20
     share = [f"{result['copy_share']:.0%} of a copy's rate"] if result["copy_share"] else []
     facts = [f"{fact} {value:.4g}" for fact, value in result["facts"].items()]
-    times = [f"{result['seconds'] * 1e3:.4g} ms", *ratios, *share, *notes]
+    taken = f"{result['seconds'] * 1e3:.4g} ms"
+    if result["goal_seconds"] is not None:
+        taken += f" (goal {result['goal_seconds'] * 1e3:.4g})"
+    times = [taken, *ratios, *share, *notes]
     return f"{name} {parameters}: {', '.join([*times, f'+{peak:.0f} MiB', *facts])}"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import rtpurbo
 from benchmarks import real_lists
-from benchmarks.decode_cuda import DIM, HEADS, KV_HEADS, RETRIEVAL
+from benchmarks.decode_layer import DIM, HEADS, KV_HEADS, RETRIEVAL
 from benchmarks.dense import BACKENDS, dense
 from benchmarks.recorded import Call, recorded, selection_facts, texts
 from benchmarks.registry import Case, Wanted, benchmark, in_turn

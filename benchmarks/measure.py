@@ -77,7 +77,9 @@ def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[
         "baseline_seconds": medians,
         "ratios": ratios,
         "goals": case.goals,
-        "reached": all(ratios.get(name, 0.0) >= goal for name, goal in case.goals.items()),
+        "goal_seconds": case.goal_seconds,
+        "reached": all(ratios.get(name, 0.0) >= goal for name, goal in case.goals.items())
+        and (case.goal_seconds is None or ours <= case.goal_seconds),
         "gflops_per_second": case.flops / ours / 1e9 if case.flops else None,
         "gbytes_per_second": case.bytes / ours / 1e9 if case.bytes else None,
         "copy_share": case.bytes / ours / copy_rate() if case.bytes and on_cuda else None,

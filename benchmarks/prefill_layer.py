@@ -1,6 +1,7 @@
 """The tensors of one prefilled layer, and what runs on them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -17,11 +18,13 @@ Lists = tuple[Tensor, Tensor]
 
 
 class Prefill:
-    """q, k, v of `keys` positions, laid out as transformers does."""
+    """q, k, v of `keys` positions, given or drawn, laid out as transformers does."""
 
-    def __init__(self, layer: Layer, keys: int, device: str) -> None:
+    def __init__(
+        self, layer: Layer, keys: int, device: str, qkv: list[Tensor] | None = None
+    ) -> None:
         self.layer, self.keys, self.device = layer, keys, device
-        self.q, self.k, self.v = layer.qkv(keys, keys, torch.bfloat16, device)
+        self.q, self.k, self.v = qkv or layer.qkv(keys, keys, torch.bfloat16, device)
         self.retrieval = list(layer.retrieval_heads)
         self.scale = layer.dim**-0.5
 
@@ -35,6 +38,26 @@ class Prefill:
     @cached_property
     def threshold(self) -> Tensor:
         return torch.full((len(self.retrieval),), THRESHOLD, device=self.device)
+
+    def role(self, retrieval: bool) -> "Prefill":
+        """The retrieval heads alone, or the local ones, with the same keys and values.
+
+        Raises:
+            ValueError: KV heads differ in how many of them they have.
+        """
+        layer = self.layer
+        heads = [h for h in range(layer.heads) if (h in self.retrieval) == retrieval]
+        group, each = layer.heads // layer.kv_heads, len(heads) // layer.kv_heads
+        if [h // group for h in heads] != [kv for kv in range(layer.kv_heads) for _ in range(each)]:
+            raise ValueError(
+                "benchmarks: layer must have as many retrieval heads on each KV head as on the "
+                f"others, got {self.retrieval} of {layer.shape}"
+            )
+        chosen = torch.tensor(heads, device=self.device)
+        q = self.q.transpose(1, 2).index_select(2, chosen).transpose(1, 2)
+        own = tuple(range(len(heads))) if retrieval else ()
+        alone = replace(layer, heads=len(heads), retrieval_heads=own)
+        return Prefill(alone, self.keys, self.device, [q, self.k, self.v])
 
     def flex(self, heads: Sequence[int], window: int) -> Flex:
         """The mask of `attend` without lists."""

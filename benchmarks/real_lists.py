@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.decode_cuda import RETRIEVAL, SCALE
+from benchmarks.decode_layer import RETRIEVAL, SCALE
 from benchmarks.gathers import as_members, groups, mean_run, random_like
 from benchmarks.recorded import Call
 from benchmarks.registry import Case, Run, in_turn

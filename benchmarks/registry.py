@@ -17,10 +17,10 @@ class Case:
     """One line of the results: `run` against `baselines`.
 
     `flops` are those of `run`'s mask, `bytes` what it cannot but read; `goals` gives, by baseline,
-    the speed ratio to reach. A call of `run` or a baseline does the work `rounds` times. On "cuda"
-    short calls are captured in graphs. A baseline that cases of a list share, the same object, is
-    timed once for all of them. `facts` are what the inputs turned out to be; they are reported and
-    choose nothing.
+    the speed ratio to reach, `goal_seconds` the time of a round. A call of `run` or a baseline does
+    the work `rounds` times. On "cuda" short calls are captured in graphs. A run that cases of a
+    list share, the same object, is timed once for all of them. `facts` are what the inputs turned
+    out to be; they are reported and choose nothing.
     """
 
     parameters: dict[str, Any]
@@ -32,6 +32,7 @@ class Case:
     rounds: int = 1
     device: str = "cpu"
     facts: dict[str, float] = field(default_factory=dict)
+    goal_seconds: float | None = None
 
 
 def in_turn(runs: Sequence[Run]) -> Run:

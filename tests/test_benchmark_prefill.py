@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import flex, prefill_cuda, prefill_layer, prefill_short_cuda
+from benchmarks import (
+    flex,
+    prefill_cuda,
+    prefill_layer,
+    prefill_parts_cuda,
+    prefill_short_cuda,
+)
 from benchmarks.attention import Layer
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.prefill_layer import SINKS, Prefill
@@ -109,3 +115,84 @@ def test_a_short_prefill_runs_as_the_rule_says(monkeypatch):
         assert case.run is case.baselines[way]
         assert case.facts == {"selects": float(spared > 0)}
         case.run()
+
+
+def test_heads_of_a_role_alone_do_what_they_do_in_the_layer():
+    whole = Prefill(LAYER, 1024, "cpu")
+    lists = ListPlan(1024, 200, SINKS, 0.7).draw(2, "cpu")
+    retrieval, local = whole.role(retrieval=True), whole.role(retrieval=False)
+    for given in (None, lists):
+        out = whole.attend(whole.retrieval, 200, given)
+        assert torch.equal(retrieval.attend(retrieval.retrieval, 200, given), out[:, [1, 2]])
+        assert torch.equal(local.attend(local.retrieval, 200), out[:, [0, 3]])
+    assert [part.q.stride() for part in (retrieval, local)] == [(2048 * 16, 16, 2 * 16, 1)] * 2
+    assert retrieval.k is local.k is whole.k and retrieval.v is local.v is whole.v
+
+
+def test_a_role_has_as_many_heads_of_each_kv_head():
+    even = Prefill(prefill_parts_cuda.EVEN, 128, "cpu")
+    assert [even.role(retrieval).q.shape[1] for retrieval in (True, False)] == [4, 28]
+    with pytest.raises(ValueError, match=r"layer must have as many .*, got \[1\] of 4/2/16"):
+        Prefill(Layer(4, 2, 16, (1,)), 128, "cpu").role(retrieval=True)
+    with pytest.raises(ValueError, match=r"layer must have as many .*, got \[0, 1\] of 4/2/16"):
+        Prefill(Layer(4, 2, 16, (0, 1)), 128, "cpu").role(retrieval=False)
+
+
+PARTS = [parameters("layer"), parameters("attention", density="0.7")]
+
+
+def recorded_calls(monkeypatch):
+    """The names of operators that are called, with their retrieval heads, windows and lists."""
+    calls = []
+    for name in ("near_lse", "select_tiles", "attention"):
+        operator = getattr(ops, name)
+
+        def record(*args, name=name, operator=operator, **kwargs):
+            calls.append((name, *args[3:5], kwargs.get("block_indices") is not None))
+            return operator(*args, **kwargs)
+
+        monkeypatch.setattr(prefill_layer.ops, name, record)
+    return calls
+
+
+def test_one_launch_and_one_a_role(monkeypatch):
+    cases = prefill_parts_cuda.cases_at(LAYER, 1024, PARTS, "cpu")
+    calls = recorded_calls(monkeypatch)
+    for case, listed in zip(cases, (False, True), strict=True):
+        case.run()
+        (apart,) = case.baselines.values()
+        assert [out.shape[1] for out in apart()] == [2, 2]
+        assert calls == [
+            ("attention", [1, 2], 200, listed),
+            ("attention", [0, 1], 200, listed),
+            ("attention", [], 200, False),
+        ]
+        calls.clear()
+
+
+def test_a_sparse_layer_against_its_selection(monkeypatch):
+    sparse = parameters("sparse", density="0.7")
+    (case,) = prefill_parts_cuda.cases_at(LAYER, 1024, [sparse], "cpu")
+    assert case.parameters == sparse
+    calls = recorded_calls(monkeypatch)
+    case.run()
+    of_run = [name for name, *_ in calls]
+    assert of_run == ["near_lse", "select_tiles", "attention"]
+    calls.clear()
+    for run in case.baselines.values():
+        run()
+    assert list(case.baselines) == [name for name, *_ in calls] == of_run[:2]
+
+
+def test_parts_are_taken_where_their_density_can_be():
+    found = [
+        (p["mode"], p["retrieval"], p["keys"], p["window"], p.get("density"))
+        for layer in prefill_parts_cuda.MODES
+        for keys in prefill_parts_cuda.LENGTHS
+        for p in prefill_parts_cuda.parameters_at(layer, keys)
+    ]
+    sparse = [(32768, 1024, "0.08"), (131_072, 1024, "0.08"), (131_072, 8192, "0.15")]
+    expected = [("layer", 4, keys, window, None) for keys, window in
+                [(32768, 1024), (32768, 8192), (131_072, 1024), (131_072, 8192)]]  # fmt: skip
+    expected += [("attention", 4, *at) for at in sparse] + [("sparse", 5, *at) for at in sparse]
+    assert sorted(found, key=str) == sorted(expected, key=str)

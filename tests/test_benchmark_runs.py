@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,16 @@ def test_seconds_are_of_a_round(monkeypatch):
     assert row["seconds"] == row["eager_seconds"]["ours"] == 1e-5
 
 
+@pytest.mark.parametrize("goal, reached", [(1e-5, True), (0.9e-5, False), (None, True)])
+def test_a_goal_may_be_a_time_of_a_round(monkeypatch, goal, reached):
+    runs, _ = clocked(monkeypatch, {"a": 4e-5, "b": 8e-5})
+    case = Case({}, runs["a"], {"b": runs["b"]}, goals={"b": 2.0}, rounds=4, goal_seconds=goal)
+    (row,) = measure.measure([case], 1)
+    assert row["goal_seconds"] == goal and row["reached"] == reached
+    (row,) = measure.measure([replace(case, goals={"b": 2.1})], 1)
+    assert not row["reached"]
+
+
 def test_a_copy_reads_and_writes(monkeypatch):
     cuda = torch.empty
     monkeypatch.setattr(torch, "empty", lambda n, dtype, device: cuda(8, dtype=dtype))
@@ -141,7 +152,8 @@ def test_the_command_runs_what_is_chosen(monkeypatch, tmp_path, capsys):
 
     def fake(wanted):
         baselines = {"slow": runs["slow"]}
-        yield Case({"keys": 1}, runs["a"], baselines, facts={"selected": 64.25})
+        facts = {"selected": 64.25}
+        yield Case({"keys": 1}, runs["a"], baselines, facts=facts, goal_seconds=1.5)
         yield [Case({"keys": 2}, runs["b"], baselines), Case({"keys": 3}, runs["b"], baselines)]
 
     monkeypatch.setitem(BENCHMARKS, "fake", fake)
@@ -154,7 +166,9 @@ def test_the_command_runs_what_is_chosen(monkeypatch, tmp_path, capsys):
 
     rows = command()
     assert [row["keys"] for row in rows] == [1, 2, 3]
-    assert rows[0]["facts"] == {"selected": 64.25} and "selected 64.25" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert rows[0]["facts"] == {"selected": 64.25} and "selected 64.25" in printed
+    assert "1000 ms (goal 1500), 3.00x slow" in printed
     calls["a"] = 0
     (row,) = command("--where", "keys=2", "--baselines", "none")
     assert row["seconds"] == 2.0 and row["ratios"] == {} and calls["a"] == 0

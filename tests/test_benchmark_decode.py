@@ -1,0 +1,104 @@
+"""The stages of a decode step in the benchmarks, on the CPU."""
+
+import pytest
+import torch
+
+from benchmarks import decode_stages_cuda as bench
+from benchmarks.decode_layer import RETRIEVAL, ROW, SINKS, WINDOW, Step
+
+KEYS, SELECTED = WINDOW + 1024, 200
+FAR = slice(SINKS, KEYS - WINDOW)
+
+
+@pytest.fixture(params=[16, 4])
+def step(request):
+    torch.manual_seed(0)
+    return Step(1, KEYS, RETRIEVAL, request.param, selected=SELECTED, device="cpu")
+
+
+def listed(step):
+    """bool [retrieval heads, keys]."""
+    indices, counts = step.lists
+    assert counts.flatten().tolist() == [SELECTED] * len(RETRIEVAL)
+    chosen = torch.zeros(len(RETRIEVAL), KEYS, dtype=torch.bool)
+    return chosen.scatter_(1, indices[0, :, 0, :SELECTED].long(), True)
+
+
+def test_stages_read_what_is_counted(step):
+    index = step.coded.values() or [step.k_index[:, :, FAR]]
+    scan = sum(tensor.nbytes for tensor in index)
+    near = sum(x.nbytes - x[:, :, FAR].nbytes for x in (step.k, step.v))
+    lists = int(listed(step).sum()) * ROW
+    expected = {
+        "near": near, "scan": scan, "top_p": step.scores.nbytes, "select": scan, "gather": lists,
+        "step": near + scan + lists,
+    }  # fmt: skip
+    assert {stage: bench.bytes_of(step, stage) for stage in bench.STAGES} == expected
+
+
+def test_a_scan_chooses_nothing(step):
+    assert step.scan().tolist() == [[[-1]] * len(RETRIEVAL)]
+
+
+def test_top_p_chooses_what_select_does():
+    torch.manual_seed(0)
+    step = Step(1, KEYS, RETRIEVAL, selected=SELECTED, device="cpu")
+    indices = step.top_p()
+    assert torch.equal(indices[:, :SELECTED] + SINKS, step.lists[0][0, :, 0, :SELECTED])
+    assert (indices[:, SELECTED:] == -1).all()
+
+
+def test_near_keys_and_lists_are_read_apart(step):
+    near, gathered, chosen = step.attend_near(), step.gather(), listed(step)
+    owners = torch.tensor(step.owners)
+    read = torch.zeros(step.k.shape[1], KEYS, dtype=torch.bool)
+    read.index_put_((owners,), chosen, accumulate=True)
+    read[:, -1] = True
+    unread = ~read[None, :, :, None]
+    for tensor in (step.k, step.v):
+        tensor.masked_fill_(unread, 9.0)
+    assert torch.equal(step.gather(), gathered) and not torch.equal(step.attend_near(), near)
+    near = step.attend_near()
+    for tensor in (step.k, step.v):
+        tensor[:, :, FAR] = 7.0
+    assert torch.equal(step.attend_near(), near)
+    changed = (step.gather() != gathered).any(-1).flatten()
+    assert changed.nonzero().flatten().tolist() == RETRIEVAL  # others see the last key alone
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_every_stage_runs_against_a_copy_of_as_many_bytes(monkeypatch, bits):
+    monkeypatch.setattr(bench, "ROTATED", 50_000)
+    chosen = list(bench.parameters_at(KEYS, bits))
+    cases = bench.cases_at(KEYS, bits, chosen, "cpu")
+    assert [case.parameters for case in cases] == chosen
+    least = min(case.bytes for case in cases)
+    (rounds,) = {case.rounds for case in cases}
+    assert (rounds - 1) * least < 50_000 <= rounds * least
+    for case in cases:
+        assert len(case.run()) == rounds
+        targets = case.baselines["floor"]()
+        assert len({target.data_ptr() for target in targets}) == rounds
+        assert {0 <= 2 * x.nbytes - case.bytes < 2 * bench.ALIGNED for x in targets} == {True}
+    scan, select = (case for case in cases if case.parameters["stage"] in ("scan", "select"))
+    assert select.baselines["scan"] is scan.run
+    assert select.baselines["floor"] is scan.baselines["floor"]
+    assert [len(case.baselines) for case in cases if case is not select] == [1] * (len(cases) - 1)
+
+
+def test_every_goal_has_its_case():
+    parameters = [
+        (p["stage"], p["bits"], p["keys"])
+        for keys in bench.LENGTHS
+        for bits in bench.STAGES_OF_BITS
+        for p in bench.parameters_at(keys, bits)
+    ]
+    assert len(parameters) == len(set(parameters)) == 18
+    assert set(bench.GOALS) < set(parameters)
+
+
+def test_a_goal_is_that_of_its_case(monkeypatch):
+    monkeypatch.setattr(bench, "ROTATED", 1)
+    monkeypatch.setattr(bench, "GOALS", {("scan", 4, KEYS): 5e-6, ("scan", 16, KEYS): 9e-6})
+    cases = bench.cases_at(KEYS, 4, list(bench.parameters_at(KEYS, 4)), "cpu")
+    assert [case.goal_seconds for case in cases] == [5e-6, None, None]
