@@ -7,10 +7,6 @@
 #include "csrc/cpu/select.h"
 #include "csrc/ops/common/index.h"
 #ifdef RTPURBO_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-
-#include "csrc/cuda/select.h"
-#include "csrc/ops/common/cuda_check.h"
 #include "csrc/ops/common/select_cuda.h"
 #endif
 
@@ -67,7 +63,6 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
   const Result result = allocate(q_index, at::kFloat, room);
   const auto& [indices, counts, mass] = result;
   if (counts.numel() == 0) return result;
-  const c10::cuda::CUDAGuard guard(q_index.device());
   cuda::SelectParams params = cuda::select_params(kOp, in);
   params.indices_ptr = indices.mutable_data_ptr<int32_t>();
   params.counts_ptr = counts.mutable_data_ptr<int32_t>();
@@ -75,12 +70,7 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
   params.capacity = room;
   params.min_members = min_members(min_tokens, block_size);
   params.p = p;
-  cuda::SelectPlan plan;
-  RTPURBO_CUDA_CHECK(kOp, cuda::plan_select(params, plan));
-  const at::Tensor workspace =
-      at::empty({static_cast<int64_t>(plan.workspace_bytes)}, q_index.options().dtype(at::kByte));
-  RTPURBO_CUDA_CHECK(kOp, cuda::launch_select(params, plan, workspace.mutable_data_ptr(),
-                                              c10::cuda::getCurrentCUDAStream()));
+  cuda::run_select(kOp, params, q_index);
   return result;
 }
 #endif

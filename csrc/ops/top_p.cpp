@@ -8,11 +8,9 @@
 #include "csrc/cpu/top_p.h"
 #include "csrc/ops/common/check.h"
 #ifdef RTPURBO_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
-
-#include "csrc/cuda/top_p.h"
 #include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
+#include "csrc/ops/common/select_cuda.h"
 #endif
 
 namespace rtpurbo {
@@ -61,27 +59,48 @@ Result top_p_cpu(const at::Tensor& scores, double p, int64_t min_members,
 }
 
 #ifdef RTPURBO_WITH_CUDA
+/// The scores are those of index keys of one dimension under the query 1, none of them near; the
+/// forced members stand for the near keys.
+cuda::SelectParams as_selection(const at::Tensor& scores, const at::Tensor& one,
+                                const std::optional<at::Tensor>& forced_lse) {
+  cuda::SelectParams params{};
+  params.q_type = cuda::ElementType::kFloat32;
+  params.k_type = cuda::element_type(scores.scalar_type());
+  params.q_index.ptr = one.mutable_data_ptr();
+  params.k_index = {.ptr = const_cast<void*>(scores.const_data_ptr()),
+                    .batch_stride = scores.stride(0),
+                    .head_stride = 0,
+                    .row_stride = 1};
+  params.index_map.count = 1;
+  params.near_is_scored = !forced_lse;
+  params.near_lse_ptr = forced_lse ? forced_lse->const_data_ptr<float>() : nullptr;
+  params.batch = scores.size(0);
+  params.heads = params.rows = params.dim = params.block_size = 1;
+  params.keys = params.capacity = scores.size(1);
+  return params;
+}
+
 Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
                   const std::optional<at::Tensor>& forced_lse,
                   bool /*exact: the exact set is inside the fast mode's bound*/) {
   cuda::check_not_double("top_p", "scores", scores.scalar_type());
   Result result = check_and_allocate(scores, p, min_members, forced_lse);
   auto& [indices, counts, mass] = result;
-  const c10::cuda::CUDAGuard guard(scores.device());
-  RTPURBO_CUDA_CHECK(
-      "top_p", cuda::launch_top_p(
-                   {.scores_type = cuda::element_type(scores.scalar_type()),
-                    .scores_ptr = scores.const_data_ptr(),
-                    .forced_lse_ptr = forced_lse ? forced_lse->const_data_ptr<float>() : nullptr,
-                    .indices_ptr = indices.mutable_data_ptr<int32_t>(),
-                    .counts_ptr = counts.mutable_data_ptr<int32_t>(),
-                    .mass_ptr = mass.mutable_data_ptr<float>(),
-                    .rows = scores.size(0),
-                    .n = scores.size(1),
-                    .scores_row_stride = scores.stride(0),
-                    .min_members = min_members,
-                    .p = p},
-                   c10::cuda::getCurrentCUDAStream()));
+  if (scores.size(0) == 0) return result;
+  if (scores.size(1) == 0) {
+    counts.zero_();
+    mass.fill_(1.0);
+    if (forced_lse) mass.masked_fill_(forced_lse->lt(INFINITY).logical_not(), NAN);
+    return result;
+  }
+  const at::Tensor one = at::ones({1}, mass.options());
+  cuda::SelectParams params = as_selection(scores, one, forced_lse);
+  params.indices_ptr = indices.mutable_data_ptr<int32_t>();
+  params.counts_ptr = counts.mutable_data_ptr<int32_t>();
+  params.mass_ptr = mass.mutable_data_ptr<float>();
+  params.min_members = min_members;
+  params.p = p;
+  cuda::run_select("top_p", params, scores);
   return result;
 }
 #endif

@@ -4,7 +4,7 @@
 #include <climits>
 #include <cub/block/block_scan.cuh>
 
-#include "csrc/cuda/mass_count.cuh"
+#include "csrc/cuda/select/mass_count.cuh"
 #include "csrc/cuda/select/weigh.cuh"
 
 namespace rtpurbo::cuda {

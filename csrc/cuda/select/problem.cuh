@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/ordered_key.cuh"
+#include "csrc/cuda/select/ordered_key.cuh"
 #include "csrc/cuda/select.h"
 #include "csrc/cuda/softmax.cuh"
 

@@ -197,7 +197,7 @@ class Scan {
         strange |= !(fabsf(score) < INFINITY) || !(fabsf(other) < INFINITY);
         candidates += 2;
         const int key = first_of(i + g, plain_end - 1);
-        if (key < sight.far_begin || key + kGroupKeys > sight.far_end) {
+        if (key < sight.far_begin || key > sight.far_end - kGroupKeys) {
           candidates -= 2 - (sight.is_far(key + lane) + sight.is_far(key + lane + 32));
           if (!sight.is_far(key + lane)) score = -INFINITY;
           if (!sight.is_far(key + lane + 32)) other = -INFINITY;

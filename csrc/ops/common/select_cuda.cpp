@@ -1,6 +1,9 @@
 #ifdef RTPURBO_WITH_CUDA
 #include "csrc/ops/common/select_cuda.h"
 
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAGuard.h>
+
 #include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 
@@ -36,6 +39,16 @@ SelectParams select_params(const char* op, const cpu::IndexParams& in) {
           .capacity = 0,
           .min_members = 0,
           .p = 1.0};
+}
+
+void run_select(const char* op, const SelectParams& params, const at::Tensor& on) {
+  const c10::cuda::CUDAGuard guard(on.device());
+  SelectPlan plan;
+  RTPURBO_CUDA_CHECK(op, plan_select(params, plan));
+  const at::Tensor workspace =
+      at::empty({static_cast<int64_t>(plan.workspace_bytes)}, on.options().dtype(at::kByte));
+  RTPURBO_CUDA_CHECK(op, launch_select(params, plan, workspace.mutable_data_ptr(),
+                                       c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace rtpurbo::cuda

@@ -2,6 +2,8 @@
 #ifdef RTPURBO_WITH_CUDA
 // From the checked arguments of select and sparse_decode to the parameters of the CUDA kernels.
 
+#include <ATen/core/Tensor.h>
+
 #include "csrc/cpu/index_params.h"
 #include "csrc/cuda/select.h"
 
@@ -9,6 +11,9 @@ namespace rtpurbo::cuda {
 
 /// Checks what the kernels are limited to. Results, capacity and the choice itself are left open.
 SelectParams select_params(const char* op, const cpu::IndexParams& in);
+
+/// Runs `select` on the device and the current stream of `on`, with a workspace of its own.
+void run_select(const char* op, const SelectParams& params, const at::Tensor& on);
 
 }  // namespace rtpurbo::cuda
 #endif
