@@ -2,8 +2,8 @@
 // Stage 4: the cut inside the bin. The blocks of a team publish their members of it, and then each
 // finds the same cut by radix selection over all of them.
 
-#include "csrc/cuda/select/mass_count.cuh"
 #include "csrc/cuda/select/cut.cuh"
+#include "csrc/cuda/select/mass_count.cuh"
 
 namespace rtpurbo::cuda {
 

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "csrc/cuda/select/ordered_key.cuh"
 #include "csrc/cuda/select.h"
+#include "csrc/cuda/select/ordered_key.cuh"
 #include "csrc/cuda/softmax.cuh"
 
 namespace rtpurbo::cuda {
