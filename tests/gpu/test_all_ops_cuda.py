@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,13 +25,6 @@ def name_of(sample: Sample) -> str:
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=name_of)
 
 
-@pytest.fixture
-def memory_is_given_back() -> Iterator[None]:
-    """To the other test files, which run beside this one."""
-    yield
-    torch.cuda.empty_cache()
-
-
 def spread(tensor: Tensor, axis: int, distance: int) -> Tensor:
     """On the GPU, the places along `axis` that many elements apart. All take the same memory."""
     memory = torch.empty(11 << 30, dtype=torch.uint8, device="cuda").view(tensor.dtype)
@@ -47,8 +39,9 @@ def outputs_of_spread(sample: Sample, name: str, axis: int, distance: int) -> li
     return [result.cpu() for result in results]
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
 @each_sample
-def test_offsets_beyond_two_billion_elements(sample, memory_is_given_back):
+def test_offsets_beyond_two_billion_elements(sample):
     """The last quarter of an axis lies 2^31 elements behind its begin, and that changes nothing."""
     for name, tensor in sample.tensors().items():
         for axis, places in enumerate(tensor.shape[:-1]):

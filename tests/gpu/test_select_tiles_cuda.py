@@ -248,6 +248,53 @@ def test_several_launches_of_a_head_equal_one(rank, cuda_device):
         assert torch.equal(a, b[:, :, half // 128 :])
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
+@pytest.mark.parametrize(("rank", "block_size"), [("max", 64), ("sum", 64), ("sum", 32)])
+def test_keys_beyond_2_to_the_31_elements(rank, block_size, cuda_device):
+    """Zeros but for one key; on Hopper of maxima, of tensor cores, and of any block size."""
+    keys, rows, window = (1 << 27) + 4096, 128, 64
+    best = keys - 1000
+    q_index = torch.ones(1, 1, rows, 16, device=cuda_device, dtype=torch.float16)
+    k_index = torch.zeros(1, 1, keys, 16, device=cuda_device, dtype=torch.float16)
+    k_index[0, 0, best] = 16
+    indices, counts, mass = ops.select_tiles(
+        q_index, k_index, [0], torch.tensor([0.9], device=cuda_device), window, 0, 0,
+        block_size=block_size, capacity=16, near_lse=torch.zeros(1, 1, rows, device=cuda_device),
+        rank=rank,
+    )  # fmt: skip
+    forced = range((keys - rows - window + 1) // block_size, keys // block_size)
+    assert indices[0, 0, 0, : counts.item()].tolist() == [best // block_size, *forced]
+    assert mass.item() > 0.99
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_a_tile_of_more_than_2_to_the_31_masses(cuda_device):
+    keys, rows = (1 << 21) + 8192, 1024
+    best = keys - 2000
+    q_index = torch.ones(1, 1, rows, 16, device=cuda_device, dtype=torch.float16)
+    k_index = torch.zeros(1, 1, keys, 16, device=cuda_device, dtype=torch.float16)
+    k_index[0, 0, best] = 16
+    indices, counts, mass = ops.select_tiles(
+        q_index, k_index, [0], torch.tensor([0.9], device=cuda_device), 1, 0, 0,
+        tile=rows, block_size=1, near_lse=torch.zeros(1, 1, rows, device=cuda_device),
+    )  # fmt: skip
+    assert indices[0, 0, 0, : counts.item()].tolist() == [best, *range(keys - rows, keys)]
+    assert mass.item() > 0.99
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_lists_beyond_2_to_the_31_elements(cuda_device):
+    q_index, k_index = (torch.randn(1, 1, n, 16, device=cuda_device).half() for n in (129, 300))
+    arguments = q_index, k_index, [0], torch.tensor([0.7], device=cuda_device), 10, 2, 0, 1, 16
+    short, *want = ops.select_tiles(*arguments)
+    long, *got = ops.select_tiles(*arguments, capacity=(1 << 24) + 16)
+    blocks = short.shape[-1]
+    assert torch.equal(long[..., :blocks], short)
+    assert not long[..., blocks:].add_(1).any()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_lists_drive_attention(cuda_device):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 700, 64, device=cuda_device, dtype=torch.float16) for _ in "qkv")

@@ -238,6 +238,23 @@ def test_a_step_is_one_launch(dim, dtype, cuda_device):
     assert len(kernels) == 1 and "sparse_decode_kernel" in kernels[0]
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_keys_beyond_2_to_the_31_elements(cuda_device):
+    keys = (1 << 31) // 128 + 1000
+    best = keys - 300
+    k = torch.zeros(1, 1, keys, 128, device=cuda_device, dtype=torch.bfloat16)
+    k_index = torch.zeros(1, 1, keys, 16, device=cuda_device, dtype=torch.float16)
+    k[0, 0, -1, 0], k[0, 0, best, 0], k_index[0, 0, best] = 50, 100, 16
+    q = torch.zeros(1, 1, 1, 128, device=cuda_device, dtype=torch.bfloat16)
+    q[..., 0] = 1
+    q_index = torch.ones(1, 1, 1, 16, device=cuda_device)
+    out, lse, selected, counts, _ = ops.sparse_decode(
+        q, k, k, [0], q_index, k_index, [0], 0.9, 10, 10, 4, 0, 1.0
+    )
+    assert counts.item() == 1 and unpacked(selected, keys).nonzero()[:, -1].tolist() == [best]
+    assert out[0, 0, 0, 0] == 100 and abs(lse.item() - 100) < 1e-4
+
+
 @pytest.mark.parametrize("keys", [40_000, 300_007])
 def test_equal_scores_are_taken_by_position(keys, cuda_device):
     q, k = (torch.randn(1, 2, n, 64, device=cuda_device).bfloat16() for n in (1, keys))

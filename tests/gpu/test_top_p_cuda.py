@@ -61,6 +61,7 @@ def test_poison_and_empty_rows(cuda_device):
     assert indices[1].tolist() == [0, 1, -1]
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
 def test_beyond_2_to_the_31_elements(cuda_device):
     rows, n = 2200, 1 << 20
     scores = torch.zeros(1, n, device=cuda_device, dtype=torch.float16).expand(rows, n)
