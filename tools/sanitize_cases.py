@@ -22,6 +22,7 @@ def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> Non
     heads, window, sinks, scale = [0, 3, 4], 40, 3, dim**-0.5
     q, k, v = (draw(2, h, n, dim, dtype=dtype) for h, n in ((6, 1), (2, keys), (2, keys)))
     start = torch.tensor([0, keys // 3], device=CUDA)
+    ops.decode(q, k, v, heads, window, window, sinks, scale, start=start)
     near = ops.near_lse(q, k, heads, [0, 1, 1], window, sinks, scale, start)
     for near_lse in (near, None):
         for exact in (True, False):
@@ -51,6 +52,26 @@ def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits
         )  # fmt: skip
 
 
+def rings(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> None:
+    """KV head 0 is local. The second sequence has 7 keys: its ring is not written behind them."""
+    window, sinks, scale = 40, 3, dim**-0.5
+    q, k, v = (draw(2, h, n, dim, dtype=dtype) for h, n in ((6, 1), (1, keys), (1, keys)))
+    ring = torch.empty(2, 1, sinks + window, dim, device=CUDA, dtype=dtype)
+    ring[0], ring[1, :, :7] = draw(1, sinks + window, dim), draw(1, 7, dim)
+    start = torch.tensor([0, keys - 7], device=CUDA)
+    local = dict(k_local=ring, v_local=ring, start=start)
+    members = torch.arange(0, 35, 7, dtype=torch.int32, device=CUDA).expand(2, 2, 1, 5)
+    lists = dict(indices=members, counts=torch.full_like(members[..., 0], 5), block_size=block_size)
+    for more in ({}, lists):
+        ops.decode(q, k, v, [3, 5], window, window, sinks, scale, **more, **local)
+    ops.decode(q[:, :3], k[:, :0], v[:, :0], [], window, window, sinks, scale, length=keys, **local)
+    ops.sparse_decode(
+        q, k, v, [3, 5], draw(2, 2, 1, 16, dtype=torch.float16),
+        draw(2, 2, keys, 16, dtype=torch.float16), [0, 1], 0.8, window, window, sinks, 20, scale,
+        block_size, **local,
+    )  # fmt: skip
+
+
 def refine(dim: int, keys: int, near_lse: torch.Tensor | None) -> None:
     k_index, coded = draw(2, 3, keys, dim, dtype=torch.float16), keys // 2 // 64 * 64
     codes, ranges = ops.quantize_index(k_index[:, :, :coded], 4)
@@ -62,11 +83,19 @@ def refine(dim: int, keys: int, near_lse: torch.Tensor | None) -> None:
 
 
 def prefill(dim: int, dtype: torch.dtype) -> None:
-    q, k = draw(1, 4, 70, dim, dtype=dtype), draw(1, 2, 150, dim, dtype=dtype)
-    ops.attention(q, k, k, [1, 2], 33, 3, dim**-0.5)
-    blocks = torch.tensor([[[0, 2]]], dtype=torch.int32, device=CUDA).expand(1, 2, 1, 2)
-    counts = torch.full((1, 2, 1), 2, dtype=torch.int32, device=CUDA)
-    ops.attention(q, k, k, [1, 2], 33, 3, dim**-0.5, block_indices=blocks, block_counts=counts)
+    q, k, local = (draw(2, h, n, dim, dtype=dtype) for h, n in ((4, 70), (2, 150), (1, 113)))
+    mask = 33, 3, dim**-0.5
+    starts = [torch.tensor([0, first], device=CUDA) for first in (100, 20)]
+    for start in (None, starts[0]):
+        ops.attention(q, k, k, [1, 2], *mask, start)
+        for tile, block_size in ((128, 64), (16, 8)):
+            blocks = torch.tensor([0, 2], dtype=torch.int32, device=CUDA)
+            blocks = blocks.expand(2, 2, -(-70 // tile), 2)
+            ops.attention(
+                q, k, k, [1, 2], *mask, start, block_indices=blocks,
+                block_counts=torch.full_like(blocks[..., 0], 2), tile=tile, block_size=block_size,
+            )  # fmt: skip
+    ops.attention(q, k[:, :1], k[:, :1], [0, 1], *mask, starts[0], local, local, starts[1])
 
 
 def tiles(rank: str, near_lse: torch.Tensor | None) -> None:
@@ -84,8 +113,11 @@ def cache() -> None:
     ops.cache_append(
         k, k, ring, ring.clone(), pages, pages.clone(), [1], 20, 4, None, k[:, :1], pages.clone()
     )
+    long, start = draw(2, 3, 15, 16), torch.tensor([0, 22], device=CUDA)
+    ops.cache_append(long, long, ring, ring.clone(), pages, pages.clone(), [1], 20, 4, start)
     ops.cache_append_index(k[:, :1], pages, 20)
     ops.cache_unroll(ring, k, [0, 2], 20, 4)
+    ops.cache_unroll(ring, k, [0, 2], 20, 4, start)
     ops.index_project(k, k, draw(2, 8, 16), draw(1, 8, 16), [0, 2], [1])
     ops.index_project(
         draw(1, 3, 90, 16), draw(1, 3, 90, 16), draw(2, 8, 16), draw(1, 8, 16), [0, 2], [1]
@@ -106,6 +138,8 @@ for dim, dtype in (
 ):
     prefill(dim, dtype)
     decode_step(dim, dtype, 333, 1)
+    rings(dim, dtype, 333, 1)
+rings(64, torch.bfloat16, 700, 16)
 decode_step(64, torch.bfloat16, 9000, 1)
 decode_step(64, torch.bfloat16, 700, 16)
 for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333, 64, 16)):

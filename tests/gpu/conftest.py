@@ -1,5 +1,7 @@
 """Tests that need a CUDA device; elsewhere they skip and say why."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,3 +15,10 @@ def cuda_device():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def memory_is_given_back() -> Iterator[None]:
+    """To the other test files, which run beside this one."""
+    yield
+    torch.cuda.empty_cache()

@@ -154,6 +154,7 @@ def test_graph_capture_replays(cuda_device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
 def test_beyond_2_to_the_31_elements(cuda_device):
     capacity, dim = 1 << 24, 136
     pages = torch.zeros(1, 1, capacity, dim, device=cuda_device, dtype=torch.float16)
@@ -161,6 +162,21 @@ def test_beyond_2_to_the_31_elements(cuda_device):
     ops.cache_append_index(new, pages, capacity - 3)
     assert (pages[0, 0, -3:] == 1).all()
     assert not pages[0, 0, :-3].any()
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+@pytest.mark.parametrize("full_heads", [[0], []], ids=["pages", "ring"])
+def test_append_beyond_2_to_the_31_elements(full_heads, cuda_device):
+    slots, dim, sinks = 1 << 24, 136, 4
+    k_store = torch.zeros(1, 1, slots, dim, device=cuda_device, dtype=torch.float16)
+    v_store = torch.zeros(1, 1, slots, 1, device=cuda_device, dtype=torch.float16)
+    new = torch.ones(1, 1, 3, dim, device=cuda_device, dtype=torch.float16)
+    used, unused = (k_store, v_store), (k_store[:, :0], v_store[:, :0])
+    stores = (*unused, *used) if full_heads else (*used, *unused)
+    ops.cache_append(new, new[..., :1], *stores, full_heads, slots - 3, sinks)
+    for store in used:
+        assert (store[0, 0, -3:] == 1).all()
+        assert not store[0, 0, :-3].any()
 
 
 @pytest.mark.parametrize("sample", cache_samples(torch.float32), ids=str)

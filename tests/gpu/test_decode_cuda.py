@@ -174,6 +174,7 @@ def test_long_rows_equal_the_exact_cpu(kind, block_size, exact, cuda_device):
     assert (cuda[2] >= 0.9 - 1e-5).all()
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
 def test_keys_beyond_2_to_the_31_elements(cuda_device):
     keys = (1 << 31) // 128 + 1000
     k = torch.zeros(1, 1, keys, 128, device=cuda_device, dtype=torch.bfloat16)
@@ -184,6 +185,43 @@ def test_keys_beyond_2_to_the_31_elements(cuda_device):
     counts = torch.ones(1, 1, 1, device=cuda_device, dtype=torch.int32)
     out, lse = ops.decode(q, k, k, [0], 10, 10, 4, 1.0, indices=indices, counts=counts)
     assert out[0, 0, 0, 0] == 100 and lse[0, 0, 0] == 100
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+@pytest.mark.parametrize(("bits", "refine"), [(16, False), (8, False), (4, False), (8, True)])
+def test_select_reads_keys_beyond_2_to_the_31_elements(bits, refine, cuda_device):
+    """Index keys, or codes of them, are zeros but for one key."""
+    keys = (1 << 31) // min(bits * 2, 16) + (1 << 16)
+    best = keys - 300
+    coded = 0 if bits == 16 else keys - 64
+    held = keys if refine or bits == 16 else 64
+    k_index = torch.zeros(1, 1, held, 16, device=cuda_device, dtype=torch.float16)
+    more = {}
+    if held == keys:
+        k_index[0, 0, best] = 16
+    if coded:
+        codes = torch.zeros(1, 1, coded, bits * 2, device=cuda_device, dtype=torch.uint8)
+        codes[0, 0, best] = 255
+        ranges = torch.zeros(1, 1, coded // 64, 32, device=cuda_device, dtype=torch.float16)
+        ranges[..., 16:] = 16 / (2**bits - 1)
+        more = dict(codes=codes, ranges=ranges, refine=refine)
+    q_index = torch.ones(1, 1, 1, 16, device=cuda_device)
+    indices, counts, mass = ops.select(q_index, k_index, [0], 0.9, 1, 0, 0, capacity=4, **more)
+    assert counts.item() == 1 and indices.flatten().tolist() == [best, -1, -1, -1]
+    assert mass.item() > 0.99
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_select_writes_lists_beyond_2_to_the_31_elements(cuda_device):
+    rows, keys = 129, 300
+    q_index, k_index = (torch.randn(1, 1, n, 16, device=cuda_device).half() for n in (rows, keys))
+    arguments = q_index, k_index, [0], 0.9, 10, 2, 3
+    short, *want = ops.select(*arguments)
+    long, *got = ops.select(*arguments, capacity=(1 << 24) + 16)
+    assert torch.equal(long[..., :keys], short)
+    assert not long[..., keys:].add_(1).any()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_every_head_of_many_can_have_a_list(cuda_device):

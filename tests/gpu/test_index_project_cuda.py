@@ -108,6 +108,7 @@ def test_graph_capture_replays(rows, cuda_device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
 def test_beyond_2_to_the_31_elements(cuda_device):
     rows, dim = 1 << 24, 136
     x = torch.zeros(1, 1, rows, dim, device=cuda_device, dtype=torch.float16)

@@ -102,6 +102,19 @@ def test_misaligned_views_match_the_reference(dtype: torch.dtype, rows: int) -> 
     check((q, k, [0, 1], [1, 0], 300, 4, 0.125))
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
+@pytest.mark.parametrize("rows", [1, 40])
+def test_keys_beyond_2_to_the_31_elements(rows: int) -> None:
+    keys = (1 << 31) // 128 + 1000
+    k = torch.zeros(1, 1, keys, 128, device="cuda", dtype=torch.bfloat16)
+    q = torch.zeros(1, 1, rows, 128, device="cuda", dtype=torch.bfloat16)
+    k[0, 0, -1, 0], q[..., 0] = 50, 1
+    near = ops.near_lse(q, k, [0], [0], 100, 4, 1.0)[0, 0].cpu()
+    others = torch.full((rows - 1,), math.log(104))  # only zeros
+    want = torch.cat([others, torch.tensor([50.0])])
+    torch.testing.assert_close(near, want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_empty() -> None:
     q, k = torch.randn(1, 2, 0, 64).cuda(), torch.randn(1, 1, 5, 64).cuda()
     assert ops.near_lse(q, k, [0], [0], 3, 1, 0.125).shape == (1, 1, 0)

@@ -17,21 +17,33 @@ from tests.reference.softmax import log_sum_exp
 
 
 def draw(seed: int, dtype: torch.dtype) -> dict:
-    """A layer with thousands of keys whose index keys are as a cache holds them."""
+    """A layer with thousands of keys as a cache holds them, every third with rings."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 4), rng.choice([1, 2, 5, 7, 8, 16])
     dim, keys = rng.choice([64, 128, 256]), rng.randint(1, 9000)
-    heads = kv_heads * group
-    retrieval = sorted(rng.sample(range(heads), rng.randint(1, min(heads, 5))))
-    window = rng.choice([1, 63, 500, 1024])
+    whole = list(range(kv_heads))
+    if rings := seed % 3 == 0:
+        kv_heads += 1
+        whole = rng.sample(range(kv_heads), rng.randint(1, kv_heads - 1))
+    heads = [head for head in range(kv_heads * group) if head // group in whole]
+    retrieval = sorted(rng.sample(heads, rng.randint(1, min(len(heads), 5))))
+    window, sinks = rng.choice([1, 63, 500, 1024]), rng.choice([0, 4])
     beyond = rng.random() < 0.6
     near_window = rng.choice([window, 64]) if not beyond else window
-    q = torch.randn(batch, 1, heads, dim).to(dtype).transpose(1, 2)
-    k, v = (torch.randn(batch, keys, kv_heads, dim).to(dtype).transpose(1, 2) for _ in range(2))
+    q = torch.randn(batch, 1, kv_heads * group, dim).to(dtype).transpose(1, 2)
+    full = sorted({head // group for head in retrieval}) if rings else range(kv_heads)
+    k, v = (torch.randn(batch, keys, len(full), dim).to(dtype).transpose(1, 2) for _ in range(2))
     start = None
     if rng.random() < 0.4:
         start = torch.tensor([rng.randint(0, keys) for _ in range(batch)])
+    local = {}
+    if rings:
+        shape = batch, kv_heads - len(full), sinks + window, dim
+        local = {name: torch.randn(shape).to(dtype) for name in ("k_local", "v_local")}
+        for ring in local.values():
+            for b, first in enumerate([0] * batch if start is None else start):
+                ring[b, :, keys - first :] = torch.nan  # slots that hold nothing yet
     arguments = dict(
         q=q,
         k=k,
@@ -43,13 +55,14 @@ def draw(seed: int, dtype: torch.dtype) -> dict:
         p=rng.choice([0.3, 0.9, 0.999, 1.0]),
         window=window,
         near_window=near_window,
-        sinks=rng.choice([0, 4]),
+        sinks=sinks,
         min_tokens=rng.choice([0, 64, 3000]),
         scale=dim**-0.5,
         block_size=rng.choice([1, 1, 16, 32, 64]),
         offset=torch.randn(len(retrieval)) if beyond else None,
         beyond_window=beyond,
         start=start,
+        **local,
     )
     bits = rng.choice([16, 16, 8, 4])
     coded = rng.randint(0, keys // WORD_KEYS) * WORD_KEYS
@@ -62,6 +75,14 @@ def draw(seed: int, dtype: torch.dtype) -> dict:
 
 def on_cuda(arguments: dict) -> dict:
     return {n: a.cuda() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+
+
+def key_heads(arguments: dict) -> list[int]:
+    """Where each retrieval head's KV head stands in k."""
+    local = arguments["k_local"].shape[1] if "k_local" in arguments else 0
+    group = arguments["q"].shape[1] // (arguments["k"].shape[1] + local)
+    owners = [head // group for head in arguments["retrieval_heads"]]
+    return [sorted(set(owners)).index(owner) for owner in owners] if local else owners
 
 
 def scored_keys(arguments: dict) -> torch.Tensor:
@@ -90,10 +111,9 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     index = arguments["q_index"], scored_keys(arguments), arguments["index_map"]
     logits = index_logits(*index, arguments["offset"])
     heads = arguments["retrieval_heads"]
-    group = arguments["q"].shape[1] // arguments["k"].shape[1]
     if arguments["beyond_window"]:
         forced = reference.near_lse(
-            arguments["q"], arguments["k"], heads, [h // group for h in heads],
+            arguments["q"], arguments["k"], heads, key_heads(arguments),
             arguments["near_window"], arguments["sinks"], arguments["scale"], arguments["start"],
         )  # fmt: skip
     else:
@@ -114,6 +134,7 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
 
     names = ("window", "near_window", "sinks", "scale", "block_size", "start", "retrieval_heads")
     more = {name: arguments[name] for name in names} | dict(indices=indices, counts=counts)
+    more |= {name: arguments.get(name) for name in ("k_local", "v_local")}
     tensors = [arguments[name] for name in "qkv"]
     exact, exact_lse = reference.decode(*tensors, **more)
     lower, _ = reference.decode(*tensors, **more, compute=dtype)
@@ -215,6 +236,23 @@ def test_a_step_is_one_launch(dim, dtype, cuda_device):
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 1 and "sparse_decode_kernel" in kernels[0]
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_keys_beyond_2_to_the_31_elements(cuda_device):
+    keys = (1 << 31) // 128 + 1000
+    best = keys - 300
+    k = torch.zeros(1, 1, keys, 128, device=cuda_device, dtype=torch.bfloat16)
+    k_index = torch.zeros(1, 1, keys, 16, device=cuda_device, dtype=torch.float16)
+    k[0, 0, -1, 0], k[0, 0, best, 0], k_index[0, 0, best] = 50, 100, 16
+    q = torch.zeros(1, 1, 1, 128, device=cuda_device, dtype=torch.bfloat16)
+    q[..., 0] = 1
+    q_index = torch.ones(1, 1, 1, 16, device=cuda_device)
+    out, lse, selected, counts, _ = ops.sparse_decode(
+        q, k, k, [0], q_index, k_index, [0], 0.9, 10, 10, 4, 0, 1.0
+    )
+    assert counts.item() == 1 and unpacked(selected, keys).nonzero()[:, -1].tolist() == [best]
+    assert out[0, 0, 0, 0] == 100 and abs(lse.item() - 100) < 1e-4
 
 
 @pytest.mark.parametrize("keys", [40_000, 300_007])

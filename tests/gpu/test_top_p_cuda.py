@@ -85,6 +85,7 @@ def test_long_rows_equal_a_sort(rows, cuda_device):
         assert mass[row].item() == pytest.approx(reached[row, count - 1].item(), abs=1e-5)
 
 
+@pytest.mark.usefixtures("memory_is_given_back")
 def test_beyond_2_to_the_31_elements(cuda_device):
     rows, n = 2200, 1 << 20
     scores = torch.zeros(1, n, device=cuda_device, dtype=torch.float16).expand(rows, n)

@@ -3,31 +3,21 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from rtpurbo import ops
 from tests.properties import ROUNDING, selections
-from tests.reference.masks import last_positions, near, visible
-from tests.reference.select import index_logits
-from tests.reference.select_tiles import block_shares, by_block
+from tests.reference.select_tiles import Tile, tile_of
 
 
 def check_list(
-    weights: Tensor,
-    forced: Tensor,
-    candidate: Tensor,
-    near_share: float,
-    threshold: float,
-    min_blocks: int,
-    chosen: list[int],
-    mass: float,
+    tile: Tile, threshold: float, min_blocks: int, chosen: list[int], mass: float
 ) -> None:
-    """Weights [blocks] of one tile; forced and candidate, bool [blocks], do not overlap."""
+    weights, forced, candidate = tile.weights, tile.forced, tile.candidate
     assert chosen == sorted(set(chosen))
     assert set(forced.nonzero()[:, 0].tolist()) <= set(chosen)
     added = [block for block in chosen if not forced[block]]
     assert candidate[added].all()
-    share = near_share + weights[chosen].sum().item()
+    share = tile.near_share + weights[chosen].sum().item()
     assert abs(mass - share) < ROUNDING
     left = [block for block in candidate.nonzero()[:, 0].tolist() if block not in set(chosen)]
     if not left:
@@ -64,42 +54,18 @@ def test_tile_lists(arguments, threshold, min_blocks, tile, block_size, rank, ro
     _, needed, _ = ops.select_tiles(**arguments, **more)
     assert indices.shape == (batch, heads, -(-rows // tile), capacity or blocks)
 
-    logits = index_logits(q_index, k_index, arguments["index_map"], arguments["offset"])
-    positions = last_positions(rows, keys, batch)
-    first, window, sinks = (arguments[name] for name in ("start", "window", "sinks"))
-    close = near(positions, keys, first, window, sinks)
-    sees = visible(positions, keys, first)
-    near_lse = arguments.get("near_lse")
+    scored = arguments | dict(tile=tile, block_size=block_size, rank=rank)
     for b in range(batch):
         for j in range(heads):
             for t in range(indices.shape[2]):
                 count = int(counts[b, j, t])
-                span = range(t * tile, min((t + 1) * tile, rows))
-                valid = [row for row in span if sees[b, row].any()]
-                if not valid:
+                of_tile = tile_of(b, j, t, **scored)
+                if of_tile is None:
                     assert count == 0 and (indices[b, j, t] == -1).all()
                     continue
                 if count == -1:
                     assert needed[b, j, t] > capacity
                     continue
                 assert count == needed[b, j, t] and (indices[b, j, t, count:] == -1).all()
-                shares, near_shares = block_shares(
-                    logits[b, j, valid],
-                    sees[b, valid],
-                    close[b, valid],
-                    None if near_lse is None else near_lse[b, j, valid].double(),
-                    block_size,
-                    rank,
-                )
-                forced = by_block(close[b, valid], block_size).any(-1).any(0)
-                candidate = by_block(sees[b, valid], block_size).any(-1).any(0) & ~forced
-                check_list(
-                    shares.mean(0),
-                    forced,
-                    candidate,
-                    near_shares.mean().item(),
-                    float(thresholds[j]),
-                    min_blocks,
-                    indices[b, j, t, :count].tolist(),
-                    float(mass[b, j, t]),
-                )
+                chosen = indices[b, j, t, :count].tolist()
+                check_list(of_tile, float(thresholds[j]), min_blocks, chosen, float(mass[b, j, t]))

@@ -69,10 +69,12 @@ def keys_read(
     near_window: int,
     sinks: int,
     start: Tensor | None,
+    k_local: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """bool [B, Hk, N]: keys that a query head of their KV head attends to."""
+    """bool, as k without its last dimension: keys that a query head of their KV head attends to."""
     batch, kv_heads, keys, _ = k.shape
+    kv_heads += 0 if k_local is None else k_local.shape[1]
     positions = last_positions(1, keys, batch)
     sees = visible(positions, keys, start)[:, 0]
     local, close = (
@@ -85,7 +87,7 @@ def keys_read(
         wide = head in retrieval_heads
         attended = close | bits[:, retrieval_heads.index(head)] if wide else local
         read[:, head // group] |= attended & sees
-    return read
+    return read if k_local is None else read[:, sorted({head // group for head in retrieval_heads})]
 
 
 def check_selection(layer: Layer, arguments: dict, forced: Tensor, indices: Tensor, out: tuple):
