@@ -33,7 +33,7 @@ class Arguments {
         check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
     TORCH_CHECK_VALUE(k_local || !start_local,
                       "rtpurbo::attention: start_local needs k_local and v_local");
-    check_start(kOp, start_local, q.size(0), q, "start_local");
+    check_start(kOp, start_local, "q", q, "start_local");
     check_rows(kOp, q, k, "k");
     if (k_local) check_rows(kOp, q, *k_local, "k_local");
     check_mask(kOp, window, sinks, scale);

@@ -97,7 +97,7 @@ void check_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_
   check_device(kOp, "v", v, "k", k);
   check_position(kOp, position, sinks);
   check_heads(kOp, "full_heads", full_heads, k.size(1));
-  check_start(kOp, start, k.size(0), k);
+  check_start(kOp, start, "k", k);
   const int64_t full = static_cast<int64_t>(full_heads.size());
   const auto check_side = [&](const char* ring_name, const char* pages_name,
                               const at::Tensor& source, const at::Tensor& ring,
@@ -139,7 +139,7 @@ Unrolled check_and_allocate(const at::Tensor& ring, const at::Tensor& added,
   check_heads(kOp, "local_heads", local_heads, added.size(1));
   check_store(kOp, "ring", ring, added, static_cast<int64_t>(local_heads.size()));
   check_ring(kOp, "ring", ring, sinks);
-  check_start(kOp, start, added.size(0), added);
+  check_start(kOp, start, "new", added);
   return {at::empty({ring.size(0), ring.size(1), ring.size(2) + added.size(2), ring.size(3)},
                     ring.options()),
           at::empty({ring.size(0)}, ring.options().dtype(at::kLong))};

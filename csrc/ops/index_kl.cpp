@@ -50,7 +50,7 @@ Result index_kl_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     bool beyond_window, const MaybeTensor& start) {
   check_arguments(q, k, q_index, k_index, rows, retrieval_heads, index_map);
   check_mask(kOp, window, sinks, scale);
-  check_start(kOp, start, q.size(0), q);
+  check_start(kOp, start, "q", q);
   const at::Tensor positions = rows.contiguous();
   const auto* first = positions.const_data_ptr<int64_t>();
   const auto* highest = std::max_element(first, first + positions.numel());

@@ -37,7 +37,7 @@ class Arguments {
     check_qkv(kOp, q, k, k, "k", "k");
     check_rows(kOp, q, k, "k");
     check_mask(kOp, window, sinks, scale);
-    check_start(kOp, start, q.size(0), q);
+    check_start(kOp, start, "q", q);
     check_indices("q_heads", q_heads, q.size(1));
     check_indices("k_heads", k_heads, k.size(1));
     TORCH_CHECK_VALUE(q_heads.size() == k_heads.size(),

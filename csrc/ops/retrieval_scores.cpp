@@ -36,7 +36,7 @@ void check(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin, int64_t 
                     "rtpurbo::retrieval_scores: [pre_begin, pre_end) must lie in [0, N = ",
                     k.size(2), "], got [", pre_begin, ", ", pre_end, ")");
   check_mask(kOp, 1, 0, scale);
-  check_start(kOp, start, q.size(0), q);
+  check_start(kOp, start, "q", q);
 }
 
 at::Tensor retrieval_scores_cpu(const at::Tensor& q, const at::Tensor& k, int64_t pre_begin,

@@ -52,12 +52,12 @@ void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at:
                    dtype, ", got ", tensor.scalar_type());
 }
 
-void check_start(const char* op, const std::optional<at::Tensor>& start, int64_t batch,
+void check_start(const char* op, const std::optional<at::Tensor>& start, const char* reference_name,
                  const at::Tensor& reference, const char* name) {
   if (!start) return;
-  check_tensor(op, name, *start, "[B]", {batch});
+  check_tensor(op, name, *start, "[B]", {reference.size(0)});
   check_dtype(op, name, *start, at::kLong);
-  check_device(op, name, *start, "q", reference);
+  check_device(op, name, *start, reference_name, reference);
 }
 
 void check_heads(const char* op, const char* name, at::IntArrayRef heads, int64_t num_heads) {

@@ -27,8 +27,9 @@ void check_floating(const char* op, const char* name, const at::Tensor& tensor);
 /// Checks that the dtype is exactly `dtype`.
 void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype);
 
-/// Checks `start` (or what `name` says), int64 [B] on `reference`'s device, when it is given.
-void check_start(const char* op, const std::optional<at::Tensor>& start, int64_t batch,
+/// Checks `start` (or what `name` says), int64 [B] with `reference`'s first size and device, when it
+/// is given.
+void check_start(const char* op, const std::optional<at::Tensor>& start, const char* reference_name,
                  const at::Tensor& reference, const char* name = "start");
 
 /// Checks that the head numbers are strictly ascending and inside [0, num_heads).

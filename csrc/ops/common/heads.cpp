@@ -100,7 +100,7 @@ int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tens
                     ": q must have a positive multiple of the ", kv_heads,
                     " KV heads, got Hq = ", q.size(1));
   check_heads(op, "retrieval_heads", retrieval_heads, q.size(1));
-  check_start(op, start, q.size(0), q);
+  check_start(op, start, "q", q);
   if (k_local) {
     const int64_t full = count_full_heads(retrieval_heads, q.size(1) / kv_heads);
     TORCH_CHECK_VALUE(k.size(1) == full, "rtpurbo::", op, ": with k_local, k must hold the ", full,

@@ -147,7 +147,7 @@ IndexArguments::IndexArguments(const char* op, const at::Tensor& q_index, const 
                     ": k_index must hold at least the keys of the ", q_index.size(2),
                     " query rows, got N = ", keys);
   check_mask(op, window, sinks, 1.0);
-  check_start(op, start, q_index.size(0), q_index);
+  check_start(op, start, "q_index", q_index);
   const at::ScalarType accum = accumulation_type(q_index, k_index);
   near_lse_ = per_row(op, near_lse, q_index, accum);
   offset_ = per_head(op, "offset", offset, q_index, accum);
