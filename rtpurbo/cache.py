@@ -123,7 +123,7 @@ class HeadwiseLayer(CacheLayerMixin):
     def _index_room(self, k_index: Tensor | None) -> tuple[Tensor | None, int]:
         """Where new index keys go, and their slot there."""
         if k_index is None:
-            return None, self.length
+            return None, -1
         if self._keeps_pages:
             return self.index_pages, self.length
         slot = self.length - self.layout.coded

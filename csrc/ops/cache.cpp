@@ -36,8 +36,9 @@ HeadsView bytes_view(const at::Tensor& tensor) {
   return view;
 }
 
-void check_position(const char* op, int64_t position, int64_t sinks) {
-  TORCH_CHECK_VALUE(position >= 0, "rtpurbo::", op, ": position must be >= 0, got ", position);
+void check_position(const char* op, int64_t position, int64_t rows, int64_t sinks) {
+  TORCH_CHECK_VALUE(position >= 0 && position <= INT64_MAX - rows, "rtpurbo::", op,
+                    ": position must be >= 0, and that of every token fit int64, got ", position);
   TORCH_CHECK_VALUE(sinks >= 0, "rtpurbo::", op, ": sinks must be >= 0, got ", sinks);
 }
 
@@ -50,10 +51,11 @@ void check_store(const char* op, const char* name, const at::Tensor& store,
   check_device(op, name, store, "the new tokens", source);
 }
 
-void check_capacity(const char* op, const char* name, const at::Tensor& pages, int64_t end) {
-  TORCH_CHECK_VALUE(pages.size(1) == 0 || end <= pages.size(2), "rtpurbo::", op, ": ", name,
-                    " must have room for ", end, " tokens, got a capacity of ", pages.size(2),
-                    "; grow the pages first");
+void check_capacity(const char* op, const char* name, const at::Tensor& pages, int64_t slot,
+                    int64_t rows) {
+  TORCH_CHECK_VALUE(pages.size(1) == 0 || slot <= pages.size(2) - rows, "rtpurbo::", op, ": ", name,
+                    " must have room for ", rows, " tokens from slot ", slot,
+                    " on, got a capacity of ", pages.size(2), "; grow the pages first");
 }
 
 void check_ring(const char* op, const char* name, const at::Tensor& ring, int64_t sinks) {
@@ -79,7 +81,7 @@ std::vector<int64_t> every_head(int64_t num_heads) {
 void check_index_store(const char* op, const at::Tensor& k_index, const at::Tensor& index_pages,
                        int64_t slot) {
   check_store(op, "index_pages", index_pages, k_index, k_index.size(1));
-  check_capacity(op, "index_pages", index_pages, slot + k_index.size(2));
+  check_capacity(op, "index_pages", index_pages, slot, k_index.size(2));
 }
 
 int64_t slot_of(int64_t index_slot, int64_t position) {
@@ -95,7 +97,7 @@ void check_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_
   check_tensor(kOp, "k", k, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
   check_tensor(kOp, "v", v, "[B, Hk, M, D]", {k.size(0), k.size(1), k.size(2), kAnySize});
   check_device(kOp, "v", v, "k", k);
-  check_position(kOp, position, sinks);
+  check_position(kOp, position, k.size(2), sinks);
   check_heads(kOp, "full_heads", full_heads, k.size(1));
   check_start(kOp, start, "k", k);
   const int64_t full = static_cast<int64_t>(full_heads.size());
@@ -105,15 +107,16 @@ void check_append(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_
     check_store(kOp, ring_name, ring, source, source.size(1) - full);
     check_store(kOp, pages_name, pages, source, full);
     check_ring(kOp, ring_name, ring, sinks);
-    check_capacity(kOp, pages_name, pages, position + source.size(2));
+    check_capacity(kOp, pages_name, pages, position, source.size(2));
   };
   check_side("k_ring", "k_pages", k, k_ring, k_pages);
   check_side("v_ring", "v_pages", v, v_ring, v_pages);
   TORCH_CHECK_VALUE(k_index.has_value() == index_pages.has_value(), "rtpurbo::", kOp, ": ",
                     k_index ? "index_pages" : "k_index", " must be given with ",
                     k_index ? "k_index" : "index_pages", ", got None");
-  TORCH_CHECK_VALUE(index_slot >= kPosition, "rtpurbo::", kOp,
-                    ": index_slot must be >= 0, or -1 for position, got ", index_slot);
+  TORCH_CHECK_VALUE(index_slot == kPosition || (k_index && index_slot >= 0), "rtpurbo::", kOp,
+                    ": index_slot must be >= 0, or -1 for position, as without k_index, got ",
+                    index_slot);
   if (!k_index) return;
   check_tensor(kOp, "k_index", *k_index, "[B, Rk, M, r]",
                {k.size(0), kAnySize, k.size(2), kAnySize});
@@ -125,7 +128,7 @@ void check_append_index(const at::Tensor& k_index, const at::Tensor& index_pages
                         int64_t position) {
   constexpr const char* kOp = "cache_append_index";
   check_tensor(kOp, "k_index", k_index, "[B, Rk, M, r]", {kAnySize, kAnySize, kAnySize, kAnySize});
-  check_position(kOp, position, 0);
+  check_position(kOp, position, k_index.size(2), 0);
   check_index_store(kOp, k_index, index_pages, position);
 }
 
@@ -135,7 +138,7 @@ Unrolled check_and_allocate(const at::Tensor& ring, const at::Tensor& added,
                             const std::optional<at::Tensor>& start) {
   constexpr const char* kOp = "cache_unroll";
   check_tensor(kOp, "new", added, "[B, Hk, M, D]", {kAnySize, kAnySize, kAnySize, kAnySize});
-  check_position(kOp, position, sinks);
+  check_position(kOp, position, added.size(2), sinks);
   check_heads(kOp, "local_heads", local_heads, added.size(1));
   check_store(kOp, "ring", ring, added, static_cast<int64_t>(local_heads.size()));
   check_ring(kOp, "ring", ring, sinks);
@@ -222,7 +225,9 @@ cuda::CacheStore cuda_store(const at::Tensor& source, const at::Tensor& pages,
 
 void put_index(cuda::CacheAppendParams& params, const at::Tensor& k_index,
                const at::Tensor& index_pages, int64_t slot) {
-  params.index = cuda_store(k_index, index_pages, index_pages, 0);
+  params.index.source = bytes_view(k_index);
+  params.index.pages = bytes_view(index_pages);
+  params.index.row_bytes = k_index.size(3) * k_index.element_size();
   params.index_heads = static_cast<int32_t>(k_index.size(1));
   params.index_slot = slot;
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Stage 5 of the operator select: the members that are in, by ascending position, then -1. The
+// Stage 6 of the operator select: the members that are in, by ascending position, then -1. The
 // blocks of a team mark theirs, and after a barrier each writes a run of them.
 
 #include "csrc/cuda/select/selector.cuh"

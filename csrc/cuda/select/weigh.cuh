@@ -16,13 +16,13 @@ class Weigh {
   static constexpr int kSlots = kBins + 1;  // the last one for what is no member
 
  public:
+  static constexpr uint32_t kOffset = uint32_t{127 + 23} << 23;  // the bits of 2^23
+
   /// A weight up to 1 in units of the bins, rounded to the nearest, and kOffset more.
   static __device__ __forceinline__ uint32_t units_of(float weight) {
     constexpr float kUnitsAreOnes = 1 << 23;
-    static_assert(kOffset == (127 + 23) << 23, "the bits of kUnitsAreOnes");
     return __float_as_uint(fmaf(weight, 1 << kBinFraction, kUnitsAreOnes));
   }
-  static constexpr uint32_t kOffset = 0x4b000000;
 
   struct Shared {
     uint32_t mass[kCopies][kSlots], count[kCopies][kSlots];

@@ -27,8 +27,8 @@ void check_floating(const char* op, const char* name, const at::Tensor& tensor);
 /// Checks that the dtype is exactly `dtype`.
 void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype);
 
-/// Checks `start` (or what `name` says), int64 [B] with `reference`'s first size and device, when it
-/// is given.
+/// Checks `start` (or what `name` says), when it is given: int64 [B], with `reference`'s first size
+/// and device.
 void check_start(const char* op, const std::optional<at::Tensor>& start, const char* reference_name,
                  const at::Tensor& reference, const char* name = "start");
 

@@ -42,6 +42,10 @@ SelectParams select_params(const char* op, const cpu::IndexParams& in) {
 }
 
 void run_select(const char* op, const SelectParams& params, const at::Tensor& on) {
+  const int64_t problems = params.batch * params.heads * params.rows;
+  TORCH_CHECK_VALUE(problems <= UINT32_MAX, "rtpurbo::", op,
+                    ": on CUDA there must be fewer than 2^32 rows to select from, got ", problems,
+                    "; call it on a part of them at a time");
   const c10::cuda::CUDAGuard guard(on.device());
   SelectPlan plan;
   RTPURBO_CUDA_CHECK(op, plan_select(params, plan));

@@ -1,6 +1,6 @@
 #pragma once
 #ifdef RTPURBO_WITH_CUDA
-// From the checked arguments of select and sparse_decode to the parameters of the CUDA kernels.
+// From the checked arguments of select, sparse_decode and top_p to the CUDA kernels.
 
 #include <ATen/core/Tensor.h>
 
