@@ -3,7 +3,7 @@
     python examples/accuracy.py index --form beyond_window
     python examples/tile_mass.py --lengths 8192 16384 32768
 
-A row's mass is what its log-sum-exp over the listed keys loses to that over all keys. Thresholds
+A row's mass is exp of its log-sum-exp over the listed keys less that over all keys. Thresholds
 are those that stage 1 stored, or with `--calibrate` are found anew at each length. Density is the
 share of the causal blocks that a tile lists; `near` that of sinks and window, always listed.
 """
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.set_defaults(prefill="sparse", index_bits=16, train_length=8192, steps=120, updates=4)
     arguments: argparse.Namespace = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer, _ = sparse_model(arguments)
     model.to(arguments.device)
     patched, report = state(model), {}
@@ -134,11 +135,10 @@ def main() -> None:
                     prefill(model, tokens)
             row = {**found.figures(), "near": near_share(length, patched.config)}
             report[f"{length} {kind}"] = row
-            print(
-                f"{length} {kind}: {', '.join(f'{k} {v:.4f}' for k, v in row.items())}", flush=True
-            )
-    name = f"tile-mass-{arguments.form}-{arguments.index_bits}.json"
-    (arguments.output / name).write_text(json.dumps(report, indent=1))
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
+            print(f"{length} {kind}: {shown}", flush=True)
+    path = arguments.output / f"tile-mass-{arguments.form}.json"
+    path.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ TILE_RANK: Literal["sum", "max"] = "max"
 """Lists of equal size hold as much mass by either rank; maxima cost a fifth on Hopper."""
 _MIN_TILE_BLOCKS = 4
 MOST_TILE_BLOCKS = 4096
-"""A tile that needs more runs dense, which `stats` counts; not a share, so that chunks agree."""
+"""A tile that needs more runs dense, which `stats` counts; not a share, so that it is the same in
+every chunk."""
 
 
 def min_tile_blocks(config: RTPurboConfig) -> int:

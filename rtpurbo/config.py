@@ -28,7 +28,9 @@ class RTPurboConfig:
         heads: which query heads retrieve.
         window: a local head sees this many latest keys, the query's own included.
         sinks: first keys of a sequence that every head sees.
-        index_dim: dimensions r of an index query and an index key.
+        index_dim: dimensions r of an index query and an index key. CUDA selects quickly with 16;
+            with others sparse prefill of 16-bit models reads every key there, unless `select_from`
+            is given.
         index: "beyond_window" (near keys count with their true logits and only keys outside the
             window are indexed) or "full" (the paper's: every key is indexed).
         top_p: share of the softmax mass that a selection must reach, in (0, 1].
@@ -44,7 +46,8 @@ class RTPurboConfig:
         select_from: keys outside window and sinks from which a decode step, and a pass of sparse
             prefill, selects; the retrieval heads read all of fewer. None: 1 on a CPU; on CUDA from
             where that is quicker by `rtpurbo.short_inputs`, so that more of a short context is
-            read.
+            read. Then the size of a pass counts: a prompt in many short chunks may read more keys
+            than in one pass.
         refine: with index_bits 8 or 4 and block_size 1: decode takes twice the tokens that the
             codes select, scores them again with 16-bit index keys, and selects among them. Those
             keys are kept for all tokens then, so that an index key of r = 16 weighs 49 or 41 bytes.

@@ -1,8 +1,8 @@
 """The short-input rule: where retrieval heads read every key, as to select would take longer.
 
 Selecting costs launches, and what it takes to score and rank the far keys; it spares reading most
-of them. On a CPU it always pays. On CUDA the constants below, measured on an H200, decide for each
-pass; `RTPurboConfig.select_from` decides otherwise.
+of them. On a CPU it is always done. On CUDA the constants below, measured on an H200, decide for
+each pass, sparse prefill in 16-bit types; `RTPurboConfig.select_from` decides otherwise.
 """
 
 from __future__ import annotations
@@ -25,8 +25,18 @@ PREFILL_SECONDS = 1e-4
 """Of the launches and the choosing of a sparse prefill."""
 LISTED_SHARE = 0.3
 """Of a head's far pairs of a row and a key that its lists keep, as short inputs want them."""
-SLOW_SCORE_SECONDS = 8e-12
-"""Of a score of `select_tiles` with another index dim: many times what attention costs."""
+
+
+class PairSeconds:
+    """What a pair of a row and a key costs in 16-bit types; `attention`, `near_lse` by head dim."""
+
+    ATTENTION = 0.18e-12, 5.3e-15
+    NEAR_LSE = 0.39e-12, 2.2e-15
+    FAR_SCORE = 0.1e-12
+    """Of `select_tiles` in form `beyond_window`; the other two in form `full`."""
+    FULL_NEAR_SCORE, FULL_FAR_SCORE = 1.5e-12, 0.2e-12
+    ANY_SCORE = 8e-12
+    """In both forms with another index dim: many times what attention costs."""
 
 
 def decode_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
@@ -75,34 +85,43 @@ def prefill_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
         return False
     if config.select_from is not None:
         return keys - near >= config.select_from
-    if q.device.type != "cuda":
+    if q.device.type != "cuda" or q.element_size() != 2:  # others attend many times as slowly
         return True
     batch, _, rows, dim = q.shape
     beyond_window = config.index == "beyond_window"
-    pairs = batch * len(context.heads)
-    return seconds_spared(pairs, rows, keys, near, dim, config.index_dim, beyond_window) > 0
+    heads = batch * len(context.heads)
+    return seconds_spared(heads, rows, keys, near, dim, config.index_dim, beyond_window) > 0
 
 
 def seconds_spared(
-    pairs: int, rows: int, keys: int, near: int, dim: int, index_dim: int, beyond_window: bool
+    heads: int, rows: int, keys: int, near: int, dim: int, index_dim: int, beyond_window: bool
 ) -> float:
     """What sparse prefill spares a GPU; negative where dense retrieval heads are quicker.
 
-    `pairs`: of a sequence and a retrieval head; `near`: keys of the window and sinks; the `rows`
-    are the last of the `keys`.
+    `heads`: retrieval heads of all sequences; `near`: keys of the window and sinks; the `rows` are
+    the last of the `keys`.
     """
     far_pairs = _triangle(keys - near) - _triangle(keys - near - rows)
     near_pairs = _triangle(keys) - _triangle(keys - rows) - far_pairs
-    attention = 0.18e-12 + 5.3e-15 * dim  # seconds of a row and a key, as all that follow
-    near_lse = 0.39e-12 + 2.2e-15 * dim
-    near_score, far_score = (0.0, 0.1e-12) if beyond_window else (1.5e-12, 0.2e-12)
-    if index_dim != FAST_INDEX_DIM:
-        near_score, far_score = 0.0 if beyond_window else SLOW_SCORE_SECONDS, SLOW_SCORE_SECONDS
-    spent = near_score * near_pairs + far_score * far_pairs
+    fixed, by_dim = PairSeconds.ATTENTION
+    spared = (fixed + by_dim * dim) * (1 - LISTED_SHARE) * far_pairs
+    spent = selection_seconds(near_pairs, far_pairs, dim, index_dim, beyond_window)
+    return heads * (spared - spent) - PREFILL_SECONDS
+
+
+def selection_seconds(
+    near_pairs: int, far_pairs: int, dim: int, index_dim: int, beyond_window: bool
+) -> float:
+    """What `near_lse` and `select_tiles` of one head take, launches aside."""
+    fast = index_dim == FAST_INDEX_DIM
     if beyond_window:
-        spent += near_lse * near_pairs
-    spared = attention * (1 - LISTED_SHARE) * far_pairs
-    return pairs * (spared - spent) - PREFILL_SECONDS
+        fixed, by_dim = PairSeconds.NEAR_LSE
+        near = fixed + by_dim * dim
+        far = PairSeconds.FAR_SCORE if fast else PairSeconds.ANY_SCORE
+    else:
+        near = PairSeconds.FULL_NEAR_SCORE if fast else PairSeconds.ANY_SCORE
+        far = PairSeconds.FULL_FAR_SCORE if fast else PairSeconds.ANY_SCORE
+    return near * near_pairs + far * far_pairs
 
 
 def _triangle(n: int) -> int:

@@ -300,9 +300,11 @@ def cache_samples(dtype: torch.dtype) -> list[Sample]:
         Sample("cache_append", "basic", append, written=stored),
         Sample("cache_append", "index", with_index, written=(*stored, "index_pages")),
         Sample(
-            "cache_append", "index at position", {**with_index, "index_slot": -1},
+            "cache_append",
+            "index at position",
+            {**with_index, "index_slot": -1},
             written=(*stored, "index_pages"),
-        ),  # fmt: skip
+        ),
         Sample("cache_append_index", "basic", index, written=("index_pages",)),
         Sample("cache_unroll", "basic", unroll),
     ]

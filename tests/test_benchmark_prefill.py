@@ -1,7 +1,5 @@
 """The cases of the prefill benchmark, on the CPU."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -70,21 +68,28 @@ def test_flops_are_those_of_the_mask():
     assert [case.flops for case in cases] == [*(pair * p for p in pairs), None, None]
 
 
-def test_a_sparse_layer_selects_and_attends_to_the_given_lists(monkeypatch):
-    (sparse,) = prefill_cuda.cases_at(LAYER, 1024, [parameters("sparse", density="0.7")], "cpu")
+def recorded_calls(monkeypatch):
+    """(name, args, kwargs) of the operators that are called."""
     calls = []
     for name in ("near_lse", "select_tiles", "attention"):
         operator = getattr(ops, name)
 
         def record(*args, name=name, operator=operator, **kwargs):
-            calls.append((name, kwargs))
+            calls.append((name, args, kwargs))
             return operator(*args, **kwargs)
 
         monkeypatch.setattr(prefill_layer.ops, name, record)
+    return calls
+
+
+def test_a_sparse_layer_selects_and_attends_to_the_given_lists(monkeypatch):
+    (sparse,) = prefill_cuda.cases_at(LAYER, 1024, [parameters("sparse", density="0.7")], "cpu")
+    calls = recorded_calls(monkeypatch)
     sparse.run()
-    assert [name for name, _ in calls] == ["near_lse", "select_tiles", "attention"]
-    assert calls[1][1]["rank"] == "max" and calls[1][1]["near_lse"] is not None
-    counts = calls[2][1]["block_counts"]
+    names, _, options = zip(*calls, strict=True)
+    assert names == ("near_lse", "select_tiles", "attention")
+    assert options[1]["rank"] == "max" and options[1]["near_lse"] is not None
+    counts = options[2]["block_counts"]
     assert torch.equal(counts[0, 0].long(), ListPlan(1024, 200, SINKS, 0.7).counts)
 
 
@@ -103,15 +108,17 @@ def test_every_goal_has_its_case():
     assert len(goals) == len(expected)
 
 
-def given(value, *_, **__):
-    return value
-
-
 def test_a_short_prefill_runs_as_the_rule_says(monkeypatch):
-    prefill = Prefill(LAYER, 1024, "cpu")
+    prefill, asked = Prefill(LAYER, 1024, "cpu"), []
     for spared, way in ((-1.0, "dense retrieval heads"), (1.0, "listed retrieval heads")):
-        monkeypatch.setattr(prefill_short_cuda, "seconds_spared", partial(given, spared))
+
+        def answer(*of, spared=spared, **form):
+            asked.append((of, form))
+            return spared
+
+        monkeypatch.setattr(prefill_short_cuda, "seconds_spared", answer)
         case = prefill_short_cuda.case_of(prefill, 256)
+        assert asked.pop() == ((2, 1024, 1024, 256 + SINKS, 16, 16), {"beyond_window": True})
         assert case.run is case.baselines[way]
         assert case.facts == {"selects": float(spared > 0)}
         case.run()
@@ -141,20 +148,6 @@ def test_a_role_has_as_many_heads_of_each_kv_head():
 PARTS = [parameters("layer"), parameters("attention", density="0.7")]
 
 
-def recorded_calls(monkeypatch):
-    """The names of operators that are called, with their retrieval heads, windows and lists."""
-    calls = []
-    for name in ("near_lse", "select_tiles", "attention"):
-        operator = getattr(ops, name)
-
-        def record(*args, name=name, operator=operator, **kwargs):
-            calls.append((name, *args[3:5], kwargs.get("block_indices") is not None))
-            return operator(*args, **kwargs)
-
-        monkeypatch.setattr(prefill_layer.ops, name, record)
-    return calls
-
-
 def test_one_launch_and_one_a_role(monkeypatch):
     cases = prefill_parts_cuda.cases_at(LAYER, 1024, PARTS, "cpu")
     calls = recorded_calls(monkeypatch)
@@ -162,7 +155,11 @@ def test_one_launch_and_one_a_role(monkeypatch):
         case.run()
         (apart,) = case.baselines.values()
         assert [out.shape[1] for out in apart()] == [2, 2]
-        assert calls == [
+        launches = [
+            (name, *args[3:5], kwargs.get("block_indices") is not None)
+            for name, args, kwargs in calls
+        ]
+        assert launches == [
             ("attention", [1, 2], 200, listed),
             ("attention", [0, 1], 200, listed),
             ("attention", [], 200, False),

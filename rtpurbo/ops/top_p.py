@@ -25,6 +25,9 @@ def top_p(
         exact: False may add the rest of the threshold's histogram bin, members whose weights lie
             within 4.5 % of the last one's; CUDA never does.
 
+    On CUDA weights are rounded to 17 bits below the edge of their histogram's bin: what is selected
+    may hold 2^-17 less than p.
+
     Returns:
         indices int32 [rows, N], ascending and padded with -1; counts int32 [rows]; mass [rows], the
         share recovered. A NaN or +inf score selects every candidate and makes the mass NaN; a row

@@ -56,3 +56,17 @@ def test_selections_are_the_cpus(settings, cuda_device):
     torch.testing.assert_close(ours.mass.cpu(), theirs.mass, atol=0.02, rtol=0)
     for name in ("attended_tokens", "index_mass"):
         assert rtpurbo.stats(cuda)[name] == pytest.approx(rtpurbo.stats(cpu)[name], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_prefill_is_dense_by_default_in_16_bits(kind, cuda_device):
+    ids, mask = (tensor.to(cuda_device) for tensor in padded((300, 190, 20)))
+    logits = []
+    for prefill in ("sparse", "dense"):
+        model = tiny(**KINDS[kind]).to(getattr(torch, kind)).to(cuda_device)
+        rtpurbo.sparsify(model, config(index_dim=16, window=70, prefill=prefill))
+        with torch.no_grad():
+            logits.append(model(input_ids=ids, attention_mask=mask).logits)
+        selected = state(model).layers[0].last.counts is not None
+        assert selected == (prefill == "sparse" and kind == "float32")
+    assert kind == "float32" or torch.equal(*logits)

@@ -85,6 +85,16 @@ def test_long_rows_equal_a_sort(rows, cuda_device):
         assert mass[row].item() == pytest.approx(reached[row, count - 1].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("p", [0.3, 0.9])
+def test_equal_weights_round_together(p, cuda_device):
+    scores = torch.full((1, 1_000_000), -2.9885, device=cuda_device)
+    scores[0, 77] = 0
+    indices, counts, mass = ops.top_p(scores, p)
+    share = scores.double().softmax(1)[0, indices[0, : counts[0]].long()].sum()
+    assert abs(share - p) < 2**-17
+    assert mass[0] == pytest.approx(share.item(), abs=2**-17)
+
+
 @pytest.mark.usefixtures("memory_is_given_back")
 def test_beyond_2_to_the_31_elements(cuda_device):
     rows, n = 2200, 1 << 20
