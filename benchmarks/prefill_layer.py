@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.attention import Layer
 from benchmarks.flex import Flex
 from rtpurbo import ops
-from rtpurbo.attention import TILE, TILE_BLOCK, TILE_RANK
+from rtpurbo.tiles import TILE, TILE_BLOCK, TILE_RANK
 
 SINKS, INDEX_DIM, THRESHOLD, MIN_BLOCKS = 4, 16, 0.9, 4
 

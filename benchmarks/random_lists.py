@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.masks import dense_pairs
-from rtpurbo.attention import TILE, TILE_BLOCK
+from rtpurbo.tiles import TILE, TILE_BLOCK
 
 PER_TILE = TILE // TILE_BLOCK
 TILE_PAIRS = TILE * (TILE + 1) // 2

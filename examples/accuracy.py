@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import rtpurbo
-from rtpurbo.attention import TILE_RANK
 from rtpurbo.evaluate import evaluate
 from rtpurbo.patching import state
 from rtpurbo.testbed import fetch_smollm2, load_smollm2_32k
+from rtpurbo.tiles import TILE_RANK
 
 ASSETS = Path(__file__).parent.parent / "assets" / "smollm2-135m-32k"
 

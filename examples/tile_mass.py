@@ -24,10 +24,10 @@ from torch import Tensor
 import rtpurbo
 from rtpurbo import ops
 from rtpurbo.adapt.calibrate import Calibration
-from rtpurbo.attention import TILE, TILE_BLOCK
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import LayerContext
 from rtpurbo.patching import observe, state
+from rtpurbo.tiles import TILE, TILE_BLOCK
 
 
 class Recorded:

@@ -27,10 +27,10 @@ from torch.nn.functional import pad
 import rtpurbo
 from rtpurbo import ops
 from rtpurbo.adapt.calibrate import _THRESHOLDS, Calibration
-from rtpurbo.attention import TILE, TILE_BLOCK, min_tile_blocks
 from rtpurbo.context import LayerContext
 from rtpurbo.evaluate import evaluate
 from rtpurbo.patching import observe, state
+from rtpurbo.tiles import TILE, TILE_BLOCK, min_tile_blocks
 
 RANKS = ("sum", "max")
 # Dense near 1, where the thresholds of block maxima lie: near keys keep their whole mass there,

@@ -15,7 +15,7 @@ Rows score the keys of their window in 16 bits: the cache quantises at the end o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +23,11 @@ from transformers.masking_utils import causal_mask_function
 
 from rtpurbo import ops
 from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer, IndexKeys
-from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
 from rtpurbo.short_inputs import decode_selects, prefill_selects
+from rtpurbo.tiles import MOST_TILE_BLOCKS, TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
 
 IMPLEMENTATION = "rtpurbo"
-TILE = 128
-TILE_BLOCK = 64
-TILE_RANK: Literal["sum", "max"] = "max"
-"""Lists of equal size hold as much mass by either rank; maxima cost a fifth on Hopper."""
-_MIN_TILE_BLOCKS = 4
-MOST_TILE_BLOCKS = 4096
-"""A tile that needs more runs dense, which `stats` counts; not a share, so that it is the same in
-every chunk."""
-
-
-def min_tile_blocks(config: RTPurboConfig) -> int:
-    """Blocks that a tile of sparse prefill lists whatever their mass."""
-    return max(_MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK))
 
 
 def attention_forward(

@@ -12,6 +12,7 @@ import sys
 from torch import Tensor
 
 from rtpurbo.context import LayerContext
+from rtpurbo.tiles import TILE
 
 SPARED_BYTES = 1 << 27
 """What a selection must spare a decode step to read: the time of its stages, 30 to 45 us."""
@@ -99,8 +100,9 @@ def seconds_spared(
     """What sparse prefill spares a GPU; negative where dense retrieval heads are quicker.
 
     `heads`: retrieval heads of all sequences; `near`: keys of the window and sinks; the `rows` are
-    the last of the `keys`.
+    the last of the `keys`. Few rows cost a whole tile in either way.
     """
+    rows = min(keys, -(-rows // TILE) * TILE)
     far_pairs = _triangle(keys - near) - _triangle(keys - near - rows)
     near_pairs = _triangle(keys) - _triangle(keys - rows) - far_pairs
     fixed, by_dim = PairSeconds.ATTENTION

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from rtpurbo.attention import TILE, TILE_BLOCK
 from rtpurbo.context import LastForward, LayerContext, state
 from rtpurbo.ops.sparse_decode import unpacked
+from rtpurbo.tiles import TILE, TILE_BLOCK
 
 _SAMPLED_TILES = 8
 

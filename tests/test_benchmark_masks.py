@@ -10,7 +10,7 @@ from benchmarks import flex
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.random_lists import ListPlan
 from rtpurbo import ops
-from rtpurbo.attention import TILE, TILE_BLOCK
+from rtpurbo.tiles import TILE, TILE_BLOCK
 
 SINKS = 4
 

@@ -16,7 +16,7 @@ from benchmarks.peers.problems import Lists, Windows, check
 from benchmarks.prefill_layer import SINKS, Prefill
 from benchmarks.random_lists import ListPlan
 from benchmarks.registry import Case
-from rtpurbo.attention import TILE_BLOCK
+from rtpurbo.tiles import TILE_BLOCK
 from tests.test_benchmark_masks import listed_mask, near_mask
 
 LAYER, KEYS, WINDOW = Layer(4, 2, 16, (1, 2)), 512, 100

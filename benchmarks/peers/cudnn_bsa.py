@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.peers.lists import of_blocks
 from benchmarks.peers.peer import fastest
 from benchmarks.peers.problems import Lists
-from rtpurbo.attention import TILE_BLOCK
+from rtpurbo.tiles import TILE_BLOCK
 
 SPLIT_FROM = 131_072
 """From so many keys on a head's keys and values outgrow the L2 cache; lists in parts can win."""

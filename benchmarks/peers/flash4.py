@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.peers.lists import apart
 from benchmarks.peers.problems import Lists, Windows
-from rtpurbo.attention import TILE, TILE_BLOCK
+from rtpurbo.tiles import TILE, TILE_BLOCK
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from rtpurbo.attention import TILE, TILE_BLOCK
+from rtpurbo.tiles import TILE, TILE_BLOCK
 
 TOLERANCE = 0.02
 """Of a row's largest output; rounding of weights and outputs to bfloat16 leaves about a third."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from rtpurbo.attention import TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import LayerContext
 from rtpurbo.index import Index
+from rtpurbo.tiles import TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
 _TILES = 8

@@ -99,6 +99,11 @@ def test_selection_takes_what_was_measured(keys, window, index_dim, beyond_windo
     assert seconds == pytest.approx(measured, rel=0.1)
 
 
+def test_few_rows_cost_a_tile():
+    one, tile, more = (seconds_spared(5, m, 1 << 20, 8196, 128, 16, True) for m in (1, 128, 129))
+    assert 0 < one == tile < more
+
+
 def test_a_short_prefill_sees_every_key():
     ids = tokens(200)
     dense = rtpurbo.sparsify(tiny(), config(window=WINDOW, sinks=SINKS))
