@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
+from rtpurbo.ops.quantize_index import INDEX_BLOCK
 from rtpurbo.short_inputs import fewest_to_select_from
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
@@ -16,7 +17,6 @@ ROW = 2 * DIM * 2  # bytes of a key and its value
 RETRIEVAL = [1, 9, 10, 17, 30]
 WINDOW, SINKS, SELECTED, TINY_P = 8192, 4, 8192, 1e-9
 SCALE = DIM**-0.5
-BLOCK = 64  # keys that are quantised together
 
 
 class Step:
@@ -47,7 +47,7 @@ class Step:
         self.every_index = self.k_index
         self.coded: dict[str, Tensor] = {}
         if bits < 16:
-            far = max(0, keys - WINDOW) // BLOCK * BLOCK
+            far = max(0, keys - WINDOW) // INDEX_BLOCK * INDEX_BLOCK
             codes, ranges = ops.quantize_index(self.k_index[:, :, :far], bits)
             self.coded = dict(codes=codes, ranges=ranges)
             self.k_index = self.k_index[:, :, far:].contiguous()

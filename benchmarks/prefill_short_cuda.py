@@ -11,6 +11,7 @@ import torch
 from benchmarks.attention import LAYERS
 from benchmarks.dense import BACKENDS, dense
 from benchmarks.masks import dense_pairs, near_pairs
+from benchmarks.prefill_cuda import lowest_density
 from benchmarks.prefill_layer import INDEX_DIM, SINKS, Prefill
 from benchmarks.random_lists import ListPlan
 from benchmarks.registry import Case, Wanted, benchmark
@@ -24,7 +25,7 @@ def case_of(prefill: Prefill, window: int) -> Case:
     keys, heads = prefill.keys, prefill.retrieval
     near = near_pairs(keys, window, SINKS)
     density = (near + LISTED_SHARE * (dense_pairs(keys) - near)) / dense_pairs(keys)
-    density = max(density, ListPlan(keys, window, SINKS).pairs / dense_pairs(keys))
+    density = max(density, lowest_density(keys, window))
     lists = ListPlan(keys, window, SINKS, density).draw(len(heads), prefill.device)
     ways = {
         "dense retrieval heads": partial(prefill.attend, heads, window),

@@ -27,17 +27,16 @@ PREFILL_SECONDS = 1e-4
 LISTED_SHARE = 0.3
 """Of a head's far pairs of a row and a key that its lists keep, as short inputs want them."""
 
-
-class PairSeconds:
-    """What a pair of a row and a key costs in 16-bit types; `attention`, `near_lse` by head dim."""
-
-    ATTENTION = 0.18e-12, 5.3e-15
-    NEAR_LSE = 0.39e-12, 2.2e-15
-    FAR_SCORE = 0.1e-12
-    """Of `select_tiles` in form `beyond_window`; the other two in form `full`."""
-    FULL_NEAR_SCORE, FULL_FAR_SCORE = 1.5e-12, 0.2e-12
-    ANY_SCORE = 8e-12
-    """In both forms with another index dim: many times what attention costs."""
+ATTENTION_SECONDS = 0.18e-12, 5.3e-15
+"""Of a pair in 16-bit types, fixed and for each dimension of a head."""
+NEAR_LSE_SECONDS = 0.39e-12, 2.2e-15
+"""The same of `near_lse`."""
+FAR_SCORE_SECONDS = 0.1e-12
+"""Of a pair of `select_tiles` in form `beyond_window`."""
+FULL_SCORE_SECONDS = 1.5e-12, 0.2e-12
+"""In form `full`, of a near pair and of a far one."""
+OTHER_SCORE_SECONDS = 8e-12
+"""In both forms with another index dim: many times what attention costs."""
 
 
 def decode_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
@@ -105,7 +104,7 @@ def seconds_spared(
     rows = min(keys, -(-rows // TILE) * TILE)
     far_pairs = _triangle(keys - near) - _triangle(keys - near - rows)
     near_pairs = _triangle(keys) - _triangle(keys - rows) - far_pairs
-    fixed, by_dim = PairSeconds.ATTENTION
+    fixed, by_dim = ATTENTION_SECONDS
     spared = (fixed + by_dim * dim) * (1 - LISTED_SHARE) * far_pairs
     spent = selection_seconds(near_pairs, far_pairs, dim, index_dim, beyond_window)
     return heads * (spared - spent) - PREFILL_SECONDS
@@ -117,12 +116,11 @@ def selection_seconds(
     """What `near_lse` and `select_tiles` of one head take, launches aside."""
     fast = index_dim == FAST_INDEX_DIM
     if beyond_window:
-        fixed, by_dim = PairSeconds.NEAR_LSE
+        fixed, by_dim = NEAR_LSE_SECONDS
         near = fixed + by_dim * dim
-        far = PairSeconds.FAR_SCORE if fast else PairSeconds.ANY_SCORE
+        far = FAR_SCORE_SECONDS if fast else OTHER_SCORE_SECONDS
     else:
-        near = PairSeconds.FULL_NEAR_SCORE if fast else PairSeconds.ANY_SCORE
-        far = PairSeconds.FULL_FAR_SCORE if fast else PairSeconds.ANY_SCORE
+        near, far = FULL_SCORE_SECONDS if fast else (OTHER_SCORE_SECONDS, OTHER_SCORE_SECONDS)
     return near * near_pairs + far * far_pairs
 
 

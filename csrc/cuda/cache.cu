@@ -47,22 +47,22 @@ __global__ __launch_bounds__(kThreads,
   for (int64_t unit = blockIdx.y; unit < p.batch * of_batch; unit += gridDim.y) {
     const int64_t b = unit / of_batch;
     const int64_t own = unit % of_batch - p.index_heads;
+    const auto to_pages = [&](const CacheStore& store, int64_t to, int64_t from, int64_t slot) {
+      for_rows(p.rows, [&](int64_t i) {
+        copy_row<Vector>(row_at(store.pages, b, to, slot + i), row_at(store.source, b, from, i),
+                         store.row_bytes);
+      });
+    };
     if (own < 0) {
       const int64_t head = own + p.index_heads;
-      for_rows(p.rows, [&](int64_t i) {
-        copy_row<Vector>(row_at(p.index.pages, b, head, p.index_slot + i),
-                         row_at(p.index.source, b, head, i), p.index.row_bytes);
-      });
+      to_pages(p.index, head, head, p.index_slot);
       continue;
     }
     const CacheStore& store = p.stores[own % p.kStores];
     const int64_t j = own / p.kStores;
     const int64_t head = p.heads.heads[j];
     if (j < p.page_heads) {
-      for_rows(p.rows, [&](int64_t i) {
-        copy_row<Vector>(row_at(store.pages, b, j, p.position + i),
-                         row_at(store.source, b, head, i), store.row_bytes);
-      });
+      to_pages(store, j, head, p.position);
       continue;
     }
     const int64_t first = p.position - (p.start_ptr ? p.start_ptr[b] : 0);

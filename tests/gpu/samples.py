@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
+from rtpurbo.ops.quantize_index import INDEX_BLOCK
 from tests.lists import lists_where
 from tests.samples import Sample, numbers
 
@@ -14,7 +15,7 @@ def halves(*shape: int) -> Tensor:
 
 def coded(k_index: Tensor, bits: int, refine: bool = False) -> dict:
     """All keys but the last 70 in codes."""
-    far = k_index[:, :, : (k_index.shape[2] - 70) // 64 * 64]
+    far = k_index[:, :, : (k_index.shape[2] - 70) // INDEX_BLOCK * INDEX_BLOCK]
     codes, ranges = ops.quantize_index(far, bits)
     tail = k_index if refine else k_index[:, :, far.shape[2] :]
     return dict(k_index=tail, codes=codes, ranges=ranges)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rtpurbo import ops
+from rtpurbo.ops.quantize_index import INDEX_BLOCK
 from rtpurbo.ops.sparse_decode import WORD_KEYS, unpacked
 from tests import reference
 from tests.gpu.repeats import assert_repeats
@@ -65,7 +66,7 @@ def draw(seed: int, dtype: torch.dtype) -> dict:
         **local,
     )
     bits = rng.choice([16, 16, 8, 4])
-    coded = rng.randint(0, keys // WORD_KEYS) * WORD_KEYS
+    coded = rng.randint(0, keys // INDEX_BLOCK) * INDEX_BLOCK
     if bits < 16:
         far, tail = arguments["k_index"].split([coded, keys - coded], 2)
         codes, ranges = ops.quantize_index(far.contiguous(), bits)
@@ -166,7 +167,7 @@ def long_step(batch, keys, bits, device):
     k_index = torch.randn(1, 5, keys, 16, device=device, dtype=torch.float16)
     more = {}
     if bits < 16:
-        coded = (keys - 8192) // WORD_KEYS * WORD_KEYS
+        coded = (keys - 8192) // INDEX_BLOCK * INDEX_BLOCK
         codes, ranges = ops.quantize_index(k_index[:, :, :coded], bits)
         k_index = k_index[:, :, coded:]
         more = {
