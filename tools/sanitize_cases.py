@@ -52,6 +52,20 @@ def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits
         )  # fmt: skip
 
 
+def sifted(keys: int, bits: int) -> None:
+    """So many keys that blocks use a sieve."""
+    q, k, v = (draw(1, h, n, 64, dtype=torch.bfloat16) for h, n in ((32, 1), (4, keys), (4, keys)))
+    k_index, more = draw(1, 32, keys, 16, dtype=torch.float16), {}
+    if bits < 16:
+        far = keys // 2 // 64 * 64
+        codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
+        k_index, more = k_index[:, :, far:], dict(codes=codes, ranges=ranges)
+    q_index, heads = 4 * draw(1, 32, 1, 16, dtype=torch.float16), list(range(32))
+    ops.sparse_decode(
+        q, k, v, heads, q_index, k_index, heads, 0.8, 100, 100, 3, 20, 0.125, **more,
+    )  # fmt: skip
+
+
 def rings(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> None:
     """KV head 0 is local. The second sequence has 7 keys: its ring is not written behind them."""
     window, sinks, scale = 40, 3, dim**-0.5
@@ -145,6 +159,8 @@ decode_step(64, torch.bfloat16, 700, 16)
 for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333, 64, 16)):
     dim, keys, block_size, bits = case
     sparse_decode(dim, torch.bfloat16, keys, block_size, bits)
+for bits in (16, 4):
+    sifted(270_001, bits)
 for dim, keys in ((16, 9000), (16, 333), (24, 700)):
     for near_lse in (draw(2, 3, 1), None):
         refine(dim, keys, near_lse)

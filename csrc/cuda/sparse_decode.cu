@@ -8,6 +8,7 @@
 #include "csrc/cuda/integers.h"
 #include "csrc/cuda/residency.h"
 #include "csrc/cuda/select/plan.h"
+#include "csrc/cuda/select/sieved_selector.cuh"
 #include "csrc/cuda/sparse_decode.h"
 #include "csrc/cuda/sparse_decode/listed.cuh"
 #include "csrc/cuda/workspace.h"
@@ -34,10 +35,10 @@ struct Sets {
 };
 
 /// kBlocks on a multiprocessor: one, whose few warps have many loads on their way each, is quicker
-/// through the stages; two are where there is much to score.
-template <typename T, int kDim, int kBlocks>
+/// through the stages; two are where there is much to score, with a sieve where there is most.
+template <typename T, int kDim, int kBlocks, bool kSieves = false>
 struct Shape {
-  using Stages = Selector<HalfScorer>;
+  using Stages = std::conditional_t<kSieves, SievedSelector<HalfScorerOf<1>>, Selector<HalfScorer>>;
   using Listed = ListedAttention<T, kDim>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
@@ -75,11 +76,11 @@ __device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t b
   return lse_of_octaves(sum.maximum, sum.sum);
 }
 
-template <typename T, int kDim, int kBlocks>
+template <typename T, int kDim, int kBlocks, bool kSieves>
 __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Sets sets,
     const __grid_constant__ Workspace w) {
-  using S = Shape<T, kDim, kBlocks>;
+  using S = Shape<T, kDim, kBlocks, kSieves>;
   extern __shared__ __align__(128) char dynamic[];
   __shared__ typename S::Shared shared;
   const DecodeParams& d = p.decode;
@@ -98,10 +99,11 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
         static_cast<int>(item - pair * d.splits), w.near, dynamic);
     __syncthreads();
   }
-  float* scores = w.select.scores
-                      ? w.select.scores + static_cast<int64_t>(blockIdx.x) * w.select.block_members
-                      : reinterpret_cast<float*>(dynamic);
-  Members members(p.select, w.select, team, scores);
+  constexpr int kRoom = kSieves ? 2 : 1;  // of a member: with its position
+  float* scores = w.select.scores ? w.select.scores + static_cast<int64_t>(blockIdx.x) *
+                                                          w.select.block_members * kRoom
+                                  : reinterpret_cast<float*>(dynamic);
+  Members members(p.select, w.select, team, scores, kSieves);
 #pragma unroll 1
   for (int64_t problem = team.number; problem < problems || problem == team.number;
        problem += w.select.teams) {
@@ -112,26 +114,38 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     uint64_t* selected = p.selected_ptr + problem * p.words;
     if (team.works) {
       for (int64_t i = own; i < p.words; i += team.size * kSelectThreads) selected[i] = 0;
-      S::Stages::scan(p.select, w.select, team, row, members, shared.select);
+      if constexpr (!kSieves) {
+        S::Stages::scan(p.select, w.select, team, row, members, shared.select);
+      }
     }
-    if (first) {
-      grid.sync();
-    } else {
-      team.sync();
-    }
+    const auto meet = [&](bool whole_grid) {
+      if (whole_grid) {
+        grid.sync();
+      } else {
+        team.sync();
+      }
+    };
+    if (!kSieves || !team.works) meet(first);
     if (!team.works) break;
     const DecodeSet& set = d.sets[sets.listed[row.head]];
     const int head = d.slot_heads[set.first_slot];
     const auto near_log_mass = [&] { return near_lse(d, w.near, row.batch, near_slot(d, head)); };
-    const Selection selection =
-        S::Stages::choose(p.select, w.select, team, row, members, shared.select, near_log_mass);
+    Selection selection;
+    if constexpr (kSieves) {
+      selection = S::Stages::run(
+          p.select, w.select, team, row, members, shared.select,
+          [&](int scan) { meet(first && scan == 0); }, near_log_mass);
+    } else {
+      selection =
+          S::Stages::choose(p.select, w.select, team, row, members, shared.select, near_log_mass);
+    }
     if (own == 0) {
       p.select.counts_ptr[problem] = static_cast<int32_t>(selection.cut.count);
       p.select.mass_ptr[problem] = selection.mass();
     }
     __syncthreads();
     typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale);
-    const int block_size = static_cast<int>(p.select.block_size);
+    const int block_size = kSieves ? 1 : static_cast<int>(p.select.block_size);
     BlockList list(members, block_size, shared.listed.list);
     list.fill(selection, selected);
     const T* k = head_rows<const T>(d.k, row.batch, set.kv_head);
@@ -141,6 +155,7 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
       const int count = list.gather(begin);
       attention.add(k, d.k.row_stride, v, d.v.row_stride, count << shift, [&](int j) {
         const int64_t member = shared.listed.list.members[j >> shift];
+        if (kSieves) return member;  // a far key
         const int64_t n = (member << shift) + (j & (block_size - 1));
         return n >= row.far_begin && n < row.far_end ? n : -1;
       });
@@ -185,12 +200,16 @@ bool wants_two_blocks(const SparseDecodeParams& p, int sm_count) {
 
 /// Calls fn(shape) for the element type, head dim and blocks; cudaErrorNotSupported for others.
 template <typename Fn>
-cudaError_t dispatch_shape(const DecodeParams& p, int blocks_of_sm, const Fn& fn) {
+cudaError_t dispatch_shape(const DecodeParams& p, int blocks_of_sm, bool sieves, const Fn& fn) {
   return dispatch_element(p.type, [&](auto element) {
     using T = decltype(element);
+    const auto by_blocks = [&]<int kDim>(std::integral_constant<int, kDim>) {
+      if (sieves) return fn(Shape<T, kDim, 2, true>());
+      return blocks_of_sm == 2 ? fn(Shape<T, kDim, 2>()) : fn(Shape<T, kDim, 1>());
+    };
     if constexpr (sizeof(T) == 2) {
-      if (p.dim == 64) return blocks_of_sm == 2 ? fn(Shape<T, 64, 2>()) : fn(Shape<T, 64, 1>());
-      if (p.dim == 128) return blocks_of_sm == 2 ? fn(Shape<T, 128, 2>()) : fn(Shape<T, 128, 1>());
+      if (p.dim == 64) return by_blocks(std::integral_constant<int, 64>());
+      if (p.dim == 128) return by_blocks(std::integral_constant<int, 128>());
       if (p.dim == 256) return fn(Shape<T, 256, 1>());
     }
     return cudaErrorNotSupported;
@@ -245,18 +264,20 @@ bool takes(const SparseDecodeParams& p) {
          rows_are_aligned(d.v_local, kSize);
 }
 
-template <typename T, int kDim, int kBlocks>
+template <typename T, int kDim, int kBlocks, bool kSieves>
 cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
-  constexpr int kNearBytes = Shape<T, kDim, kBlocks>::kNearBytes;
+  constexpr int kNearBytes = Shape<T, kDim, kBlocks, kSieves>::kNearBytes;
   Residency residency;
-  if (const cudaError_t error =
-          find_residency(reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks>),
-                         kSelectThreads, kBlocks, kNearBytes, residency)) {
+  if (const cudaError_t error = find_residency(
+          reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSieves>),
+          kSelectThreads, kBlocks, kNearBytes, residency)) {
     return error;
   }
   plan.blocks_of_sm = kBlocks;
   plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes);
   plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
+  plan.select.sieves = kSieves;
+  if (kSieves) plan.select.scores_in_shared = false;
   plan.near_splits = near_splits(p.decode, sort_sets(p.decode).near_count, residency.blocks);
   Workspace w;
   plan.workspace_bytes = lay_out(p, plan, nullptr, w);
@@ -268,15 +289,20 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
                                SparseDecodePlan& plan) {
   if (!takes(params)) return cudaErrorNotSupported;
-  const auto plan_with = [&](int blocks) {
-    return dispatch_shape(params.decode, blocks,
-                          [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
-                            return plan_shape<T, kDim, kBlocks>(params, plan);
-                          });
+  const auto plan_with = [&](int blocks, bool sieves) {
+    return dispatch_shape(
+        params.decode, blocks, sieves,
+        [&]<typename T, int kDim, int kBlocks, bool kSieves>(Shape<T, kDim, kBlocks, kSieves>) {
+          return plan_shape<T, kDim, kBlocks, kSieves>(params, plan);
+        });
   };
-  cudaError_t error = plan_with(wants_two_blocks(params, sm_count) ? 2 : 1);
+  const int blocks = wants_two_blocks(params, sm_count) ? 2 : 1;
+  cudaError_t error = plan_with(blocks, false);
+  if (error == cudaSuccess && blocks == 2 && may_sift(params.select, plan.select)) {
+    error = plan_with(blocks, true);
+  }
   // Where shared memory is small, the other shape may still fit.
-  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2);
+  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, false);
   return error == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : error;
 }
 
@@ -287,14 +313,15 @@ cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseD
   Workspace w;
   lay_out(p, plan, static_cast<char*>(workspace), w);
   Sets sets = sort_sets(p.decode);
-  return dispatch_shape(p.decode, plan.blocks_of_sm,
-                        [&]<typename T, int kDim, int kBlocks>(Shape<T, kDim, kBlocks>) {
-                          void* arguments[] = {&p, &sets, &w};
-                          return cudaLaunchCooperativeKernel(
-                              reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks>),
-                              dim3(plan.select.blocks), dim3(kSelectThreads), arguments,
-                              plan.select.shared_bytes, stream);
-                        });
+  return dispatch_shape(
+      p.decode, plan.blocks_of_sm, plan.select.sieves,
+      [&]<typename T, int kDim, int kBlocks, bool kSieves>(Shape<T, kDim, kBlocks, kSieves>) {
+        void* arguments[] = {&p, &sets, &w};
+        return cudaLaunchCooperativeKernel(
+            reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSieves>),
+            dim3(plan.select.blocks), dim3(kSelectThreads), arguments, plan.select.shared_bytes,
+            stream);
+      });
 }
 
 }  // namespace rtpurbo::cuda

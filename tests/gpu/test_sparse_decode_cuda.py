@@ -1,5 +1,6 @@
 """sparse_decode on CUDA at sizes and head dims that the property tests do not reach."""
 
+import math
 import random
 
 import pytest
@@ -155,8 +156,12 @@ def test_keys_and_values_that_nothing_attends_to_are_never_read(seed, dtype):
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def long_step(batch, keys, bits, device):
-    """A step whose batch shares its keys, and the same through the three operators."""
+def long_step(batch, keys, bits, device, scores="flat"):
+    """A step whose batch shares its keys, and the same through the three operators.
+
+    Sharp scores select few keys. Misleading ones do in a sample of keys that holds the first far
+    ones, but not in all.
+    """
     torch.manual_seed(0)
     q = torch.randn(batch, 32, 1, 128, device=device, dtype=torch.bfloat16)
     k, v = (
@@ -165,6 +170,12 @@ def long_step(batch, keys, bits, device):
     )
     q_index = torch.randn(batch, 5, 1, 16, device=device, dtype=torch.float16)
     k_index = torch.randn(1, 5, keys, 16, device=device, dtype=torch.float16)
+    if scores == "sharp":
+        q_index *= 4
+    if scores == "misleading":
+        q_index[..., 0] = 4
+        k_index[:, :, 100] = 0
+        k_index[:, :, 100, 0] = math.log(8 * keys)  # about 3 times the mass of all others
     more = {}
     if bits < 16:
         coded = (keys - 8192) // INDEX_BLOCK * INDEX_BLOCK
@@ -191,15 +202,20 @@ def long_step(batch, keys, bits, device):
     return step, parts
 
 
+SCORES = ("sharp", "misleading", "flat")
 # On 132 multiprocessors: teams of many blocks; of one; several problems for a team of one, and of
 # several blocks.
 LONG = [(1, 131_072), (1, 1_000_001), (40, 30_000), (64, 30_000), (16, 1_000_000)]
+# Blocks with so many keys use a sieve.
+SIFTED = [(4, 1_000_003, scores) for scores in SCORES] + [(16, 1_000_000, "sharp")]
 
 
-@pytest.mark.parametrize(("batch", "keys"), LONG)
-@pytest.mark.parametrize("bits", [16, 4])
-def test_a_long_step_is_what_its_parts_give(batch, keys, bits, cuda_device):
-    step, parts = long_step(batch, keys, bits, cuda_device)
+@pytest.mark.parametrize(
+    ("batch", "keys", "scores"), [*((*case, "flat") for case in LONG), *SIFTED]
+)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_long_step_is_what_its_parts_give(batch, keys, scores, bits, cuda_device):
+    step, parts = long_step(batch, keys, bits, cuda_device, scores)
     out, lse, selected, counts, mass = step()
     want_out, want_lse, indices, want_counts, want_mass = parts()
     # near_lse and sparse_decode sum the near mass in another order: a member may change sides.
@@ -216,11 +232,37 @@ def test_a_long_step_is_what_its_parts_give(batch, keys, bits, cuda_device):
             assert (listed != bits_of[j]).sum() <= 4 + want_counts.max() // 5_000
 
 
-@pytest.mark.parametrize(("batch", "keys"), LONG[:3])
+@pytest.mark.parametrize(
+    ("batch", "keys", "scores"), [*((*case, "flat") for case in LONG[:3]), *SIFTED[:2]]
+)
 @pytest.mark.parametrize("bits", [16, 4])
-def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, bits, cuda_device):
-    step, _ = long_step(batch, keys, bits, cuda_device)
+def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, scores, bits, cuda_device):
+    step, _ = long_step(batch, keys, bits, cuda_device, scores)
     assert_repeats(step)
+
+
+def test_a_nan_among_sifted_keys_selects_all_of_its_head(cuda_device):
+    keys, heads = 300_000, 32
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, heads, n, 64, device=cuda_device).bfloat16() for n in (1, keys))
+    q_index = 4 * torch.randn(1, heads, 1, 16, device=cuda_device)
+    k_index = torch.randn(1, heads, keys, 16, device=cuda_device).half()
+
+    def step():
+        return ops.sparse_decode(
+            q, k, k, list(range(heads)), q_index, k_index, list(range(heads)), 0.9, 100, 100, 4, 64,
+            0.125,
+        )  # fmt: skip
+
+    clean = step()
+    k_index[0, 7, 200_000, 3] = torch.nan
+    out, lse, selected, counts, mass = step()
+    assert counts[0, 7] == keys - 104 and mass[0, 7].isnan().all()
+    bits = unpacked(selected[0, 7, 0], selected.shape[-1] * WORD_KEYS)
+    assert bits.sum() == keys - 104 and bits[4 : keys - 100].all()
+    others = [head for head in range(heads) if head != 7]
+    for one, other in zip((out, lse, selected, counts, mass), clean, strict=True):
+        assert torch.equal(one[:, others], other[:, others])
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, "bfloat16"), (128, "float16"), (256, "bfloat16")])

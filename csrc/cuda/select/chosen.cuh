@@ -49,6 +49,16 @@ __device__ __forceinline__ void for_each_chosen(const Selection& selection, cons
 /// Sets the bits of the keys of members i to i + 3; every lane is there.
 __device__ __forceinline__ void mark_chosen(const Members& members, int i, uint32_t in,
                                             int block_size, uint64_t* selected) {
+  if (members.sifted()) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(selected);
+#pragma unroll 1
+    for (int e = 0; e < 4; ++e) {
+      if (!(in >> e & 1)) continue;
+      const int32_t key = members.position(i + e);
+      atomicOr(&words[key / 32], 1u << key % 32);
+    }
+    return;
+  }
   uint8_t* bytes = reinterpret_cast<uint8_t*>(selected);
   if (block_size == 1) {
     const uint32_t next = __shfl_down_sync(0xffffffffu, in, 1);

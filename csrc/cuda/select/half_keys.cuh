@@ -17,15 +17,17 @@ namespace rtpurbo::cuda {
 /// are the same again. So the scores of keys 2g and 2g + 1 arrive in lanes t = 0 and 1, those of
 /// keys 16 + 2g and 17 + 2g in the other lanes, from where they go to the lanes of the keys'
 /// numbers.
-class HalfScorer {
+/// A warp scores kGroups of them at a time while as many are on their way.
+template <int kGroupsOfStep>
+class HalfScorerOf {
   static constexpr int kDim = 16;
 
  public:
-  static constexpr int kGroups = 2;
+  static constexpr int kGroups = kGroupsOfStep;
   static constexpr bool kScoresCodes = false;
   static constexpr bool kSpoilsNeighbours = true;  // where a key is not finite
 
-  __device__ HalfScorer(const SelectParams& p, const Row& row, const float* query)
+  __device__ HalfScorerOf(const SelectParams& p, const Row& row, const float* query)
       : query_(query),
         keys_(reinterpret_cast<const char*>(key_rows<__half>(p, p.k_index, row) -
                                             p.coded * p.k_index.row_stride)),
@@ -59,6 +61,11 @@ class HalfScorer {
         loaded.halves[g][i] = half_at(own + i * 16 * static_cast<int64_t>(stride_));
     }
     return loaded;
+  }
+
+  /// Groups that follow each other, from this key on.
+  __device__ Loaded load_run(int first) const {
+    return load([first](int g) { return first + g * kGroupKeys; });
   }
 
   /// The same, with others in the place of those outside [begin, end).
@@ -143,5 +150,7 @@ class HalfScorer {
   float unscale_;
   uint32_t parts_[4];
 };
+
+using HalfScorer = HalfScorerOf<2>;
 
 }  // namespace rtpurbo::cuda

@@ -26,16 +26,17 @@ __host__ __device__ __forceinline__ int warp_room(int warp_groups, int64_t block
 /// often neighbours, are spread over all of them, and to their warps.
 class Members {
  public:
-  /// `scores` has room for the block, on 16 bytes.
+  /// `scores` has room for the block, on 16 bytes; twice as much where members are sifted.
   __device__ Members(const SelectParams& p, const SelectWorkspace& w, const Team& team,
-                     float* scores)
+                     float* scores, bool sifted = false)
       : stride_(team.size * kSelectWarps),
         shift_(group_shift(p.block_size)),
         run_shift_(w.run_shift),
         own_(static_cast<int>(threadIdx.x) / 32 * team.size + team.rank),
         room_(warp_room(w.warp_groups, p.block_size)),
         in_global_(w.scores != nullptr),
-        scores_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_) {}
+        sifted_(sifted),
+        scores_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_ * (sifted ? 2 : 1)) {}
 
   /// Takes the groups that hold the keys [begin, end).
   __device__ void take(int64_t begin, int64_t end) {
@@ -44,10 +45,35 @@ class Members {
     groups_ = groups_before(end_group_);
   }
 
+  /// Whether only members that keep() took are there, with positions of their own.
+  __device__ bool sifted() const { return sifted_; }
+
+  /// Forgets all but the first `kept` of this lane.
+  __device__ void keep_only(int kept) {
+    next_ = &score(static_cast<int>(threadIdx.x) % 32 + kept * 32);
+  }
+
+  /// One more of this lane. After the last comes keep_end(), after which there may be more.
+  __device__ void keep(float score, int32_t position) {
+    next_[0] = score;
+    next_[kPositions] = __int_as_float(position);
+    next_ += 2 * kPositions;
+  }
+  __device__ int kept() const { return static_cast<int>(next_ - scores_) / (2 * kPositions); }
+
+  /// Lanes that kept less than others get members that are out.
+  __device__ void keep_end() {
+    const int own = kept(), most = __reduce_max_sync(0xffffffffu, own);
+    for (int j = own; j < most; ++j) keep(-INFINITY, 0);
+    keep_only(own);
+    kept_in_all_ = most * 32;
+    __syncwarp();
+  }
+
   /// Groups of this warp, and its members.
   __device__ int groups() const { return groups_; }
   __device__ int of_group() const { return 1 << shift_; }
-  __device__ int count() const { return groups_ << shift_; }
+  __device__ int count() const { return sifted_ ? kept_in_all_ : groups_ << shift_; }
   __device__ int room() const { return room_; }
 
   /// Groups of this warp whose number in the row is below `number`.
@@ -68,11 +94,14 @@ class Members {
 
   /// Position in the row of this warp's member `i`.
   __device__ int32_t position(int i) const {
+    if (sifted_) return __float_as_int((&score(i))[kPositions]);
     return (group(i >> shift_) << shift_) + (i & (of_group() - 1));
   }
 
   /// The same of members `i` to `i + 3`, `i` a multiple of 4.
   __device__ int4 four_positions(int i) const {
+    if (sifted_ && i >= count()) return {};
+    if (sifted_) return reinterpret_cast<const int4&>((&score(i))[kPositions]);
     if (shift_ < 2)
       return make_int4(position(i), position(i + 1), position(i + 2), position(i + 3));
     const int32_t first = position(i);
@@ -80,7 +109,8 @@ class Members {
   }
 
   __device__ float& score(int i) const {
-    return *ptx::offset_by(scores_, i, static_cast<int>(sizeof(float)));
+    const int place = sifted_ ? i + (i & -kPositions) : i;
+    return *ptx::offset_by(scores_, place, static_cast<int>(sizeof(float)));
   }
 
   /// The scores of this warp's members `i` to `i + 3`, -inf beyond the last; `i` a multiple of 4.
@@ -103,11 +133,15 @@ class Members {
   }
 
  private:
+  static constexpr int kPositions = 32;  // of sifted members, after as many scores
+
   const int stride_, shift_, run_shift_, own_, room_;
-  const bool in_global_;
+  const bool in_global_, sifted_;
   float* const scores_;
   int first_group_ = 0, end_group_ = 0;  // of the team
   int groups_ = 0;
+  int kept_in_all_ = 0;  // by this warp, and what fills up
+  float* next_;          // for the score that the lane keeps
 };
 
 /// Calls fn(i, scores) with scores[e] of member i + e of this warp, by all lanes; those of

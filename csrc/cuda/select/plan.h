@@ -25,9 +25,6 @@ constexpr int64_t kMostInTeam = 512;
 
 constexpr int64_t kMembersAtOnce = 1 << 25;
 
-/// A run of 4 groups, which the memory gives quicker than groups far apart, where a warp has at
-/// least two of them.
-constexpr int kLongRun = 2;
 constexpr int64_t kRounds = 2;
 
 /// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores.
@@ -47,6 +44,7 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
       static_cast<int>(std::min({static_cast<int64_t>(blocks / plan.teams), most, kMostInTeam}));
   plan.blocks = blocks;
   const int64_t warps = plan.team_size * kSelectWarps;
+  // Runs of 4 where a warp has at least two of them.
   if (groups >= kRounds * warps << kLongRun) plan.run_shift = kLongRun;
   plan.warp_groups = static_cast<int>(divide_up(groups, warps << plan.run_shift) << plan.run_shift);
   const size_t bytes =
@@ -54,6 +52,17 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   plan.scores_in_shared = bytes <= score_bytes;
   plan.shared_bytes = plan.scores_in_shared ? bytes : 0;
   return plan;
+}
+
+/// Members of a block from which on a sieve spares more than its sample costs.
+constexpr int64_t kManyMembers = 32768;
+
+/// Whether a sieve may serve: members are keys, and no group with far keys ends behind the last
+/// key.
+inline bool may_sift(const SelectParams& p, const SelectPlan& plan) {
+  return p.rows == 1 && p.block_size == 1 && p.p < 1.0 && !p.refine && !p.near_is_scored &&
+         p.window >= kGroupKeys && plan.run_shift == kLongRun &&
+         p.keys >= plan.team_size * kManyMembers;
 }
 
 /// Takes the workspace apart, or with a null base only measures it. `masks`: problems whose mask
@@ -72,12 +81,12 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   WorkspaceParts parts{base};
   parts.take(w.arrivals, plan.teams);
   parts.take(w.stats, blocks);
-  const int64_t histograms = plan.teams * (p.refine ? 2 : 1);
+  const int64_t histograms = plan.teams * (plan.sieves ? kSiftedHistograms : p.refine ? 2 : 1);
   parts.take(w.bin_mass, histograms * kBins);
   parts.take(w.bin_count, histograms * kBins);
   parts.take(w.cut_members, members);
   parts.take(w.cut_counts, blocks);
-  parts.take(w.scores, plan.scores_in_shared ? 0 : members);
+  parts.take(w.scores, plan.sieves ? 2 * members : plan.scores_in_shared ? 0 : members);
   parts.take(w.selected, masks * w.groups);
   parts.take(w.chunk_counts, masks * w.chunks);
   return parts.bytes;

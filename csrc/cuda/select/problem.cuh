@@ -20,6 +20,13 @@ constexpr int kSelectWarps = kSelectThreads / 32;
 /// Keys that a warp scores at a time; the largest block of keys that can be a member.
 constexpr int kGroupKeys = 64;
 
+/// log2 of the groups that follow each other in a warp, where it has many: the memory gives a run
+/// quicker than groups far apart.
+constexpr int kLongRun = 2;
+
+/// Scans of a selection with a sieve, at most: of a sample, of the rest, of all.
+constexpr int kSiftedHistograms = 3;
+
 /// A bin spans 2^(1/16) in weight below the row's largest score; the last one holds all the rest.
 constexpr int kBins = 512;
 constexpr float kBinsPerOctave = 16.0f;
@@ -29,8 +36,8 @@ struct BlockStats {
   uint32_t top_key;    // ordered key of the largest score that is no NaN, 0 for none
   uint32_t poisoned;   // a NaN or +inf score
   int32_t candidates;  // members with a score above -inf
-  float near_shift;    // in form `full` the near keys' mass: exp(shift) * sum
-  float near_sum;
+  float rest_shift;    // mass of keys that are no members: exp(shift) * sum. In form `full` that of
+  float rest_sum;      // the near keys, with a sieve that of what was dropped
 };
 
 /// A member whose bin is cut.
@@ -43,13 +50,13 @@ struct Member {
 struct SelectWorkspace {
   uint32_t* arrivals;            // [teams], of Team::sync
   BlockStats* stats;             // [teams * team_size]
-  unsigned long long* bin_mass;  // [teams, kBins], with `refine` [2, teams, kBins]
+  unsigned long long* bin_mass;  // [teams, kBins], with `refine` 2, with a sieve 3 of them
   uint32_t* bin_count;           // the same
   Member* cut_members;           // [teams * team_size, block_members]
   int32_t* cut_counts;           // [teams * team_size]
-  float* scores;                 // [teams * team_size, block_members], null: in shared memory
-  uint64_t* selected;            // [teams, groups]: bit i of word j is key 64 j + i; select only
-  uint32_t* chunk_counts;        // [teams, chunks], select only
+  float* scores;  // [teams * team_size, block_members], twice with a sieve; null: in shared memory
+  uint64_t* selected;      // [teams, groups]: bit i of word j is key 64 j + i; select only
+  uint32_t* chunk_counts;  // [teams, chunks], select only
   int32_t teams, team_size;
   int32_t run_shift;      // log2 of the groups that follow each other in a warp
   int32_t warp_groups;    // that a warp has room for
@@ -82,6 +89,22 @@ struct Bin {
     number = __float_as_int(sum) - __float_as_int(kUnitsAreOnes);
     start = sum - kUnitsAreOnes;
   }
+};
+
+/// All scores of a bin lie in it, and few others: two comparisons spare most members the rest.
+struct BinRange {
+  float low, high;
+
+  __device__ BinRange(float top, int bin) {
+    constexpr float kNatsPerBin = 1.0f / (kLog2E * kBinsPerOctave);
+    constexpr float kRounding = 0x1p-20f;  // times what is subtracted: more than is lost
+    const float begin = static_cast<float>(bin) * kNatsPerBin, end = begin + kNatsPerBin;
+    const float margin = (end + fabsf(top)) * kRounding;
+    low = bin == kBins - 1 ? -INFINITY : top - end - margin;
+    high = top - begin + margin;
+  }
+
+  __device__ bool holds(float score) const { return score >= low && score <= high; }
 };
 
 /// Weight relative to the upper edge of the bin, in (2^-1/16, 1]; less in the last bin.

@@ -16,7 +16,7 @@ class Publish {
                              int32_t* cut_count, Shared& shared) {
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
-    const Range range(top, bin);
+    const BinRange range(top, bin);
     for_each_four(members, 0, members.count(), [&](int i, const float(&scores)[4]) {
       bool some = false;
 #pragma unroll
@@ -41,23 +41,6 @@ class Publish {
     __syncthreads();
     if (threadIdx.x == 0) *cut_count = shared.count;
   }
-
- private:
-  /// All scores of a bin lie in it, and few others: two comparisons spare most members the rest.
-  struct Range {
-    float low, high;
-
-    __device__ Range(float top, int bin) {
-      constexpr float kNatsPerBin = 1.0f / (kLog2E * kBinsPerOctave);
-      constexpr float kRounding = 0x1p-20f;  // times what is subtracted: more than is lost
-      const float begin = static_cast<float>(bin) * kNatsPerBin, end = begin + kNatsPerBin;
-      const float margin = (end + fabsf(top)) * kRounding;
-      low = bin == kBins - 1 ? -INFINITY : top - end - margin;
-      high = top - begin + margin;
-    }
-
-    __device__ bool holds(float score) const { return score >= low && score <= high; }
-  };
 };
 
 /// Members of the cut bin that all blocks of the team published.

@@ -138,16 +138,16 @@ class Scan {
   }
 
   /// What the block's threads saw, to `stats`.
-  static __device__ __forceinline__ void put_stats(const ScoreStats& own, const LogSum& near,
-                                                   bool near_is_scored, Shared& shared,
+  static __device__ __forceinline__ void put_stats(const ScoreStats& own, const LogSum& rest,
+                                                   bool has_rest, Shared& shared,
                                                    BlockStats& stats) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const BlockStats of_warp =
-        warp_stats(own.top_key(), own.poisoned, own.candidates, near, near_is_scored);
+        warp_stats(own.top_key(), own.poisoned, own.candidates, rest, has_rest);
     if (lane == 0) shared.of_warp[warp] = of_warp;
     __syncthreads();
     if (warp != 0) return;
-    const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, near_is_scored);
+    const BlockStats of_block = merge_stats(shared.of_warp, kSelectWarps, has_rest);
     if (lane == 0) stats = of_block;
   }
 

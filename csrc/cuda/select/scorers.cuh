@@ -108,12 +108,12 @@ class WideScorer {
 
 /// Blocks of codes of 16 dimensions, packed; a scan keeps up with the memory when each warp scores
 /// four 4-bit blocks, or two 8-bit ones, while as many are on their way.
-template <int kBits>
+template <int kBits, int kGroupsOfStep = kBits == 4 ? 4 : 2>
 class CodedScorer {
   using Block = CodedBlock<kBits>;
 
  public:
-  static constexpr int kGroups = kBits == 4 ? 4 : 2;
+  static constexpr int kGroups = kGroupsOfStep;
   static constexpr bool kSpoilsNeighbours = false;
 
   __device__ CodedScorer(const SelectParams& p, const Row& row, const float* query)
@@ -135,6 +135,21 @@ class CodedScorer {
           ptx::offset_by(codes_, block, Block::kBytes),
           ptx::offset_by(ranges_, block, Block::kRanges * static_cast<int>(sizeof(__half))),
           threadIdx.x % 32);
+    }
+    return loaded;
+  }
+
+  /// Groups that follow each other, from this key on.
+  __device__ Loaded load_run(int first) const {
+    Loaded loaded;
+    const int block = first / kGroupKeys;
+    const uint8_t* codes = ptx::offset_by(codes_, block, Block::kBytes);
+    const __half* ranges =
+        ptx::offset_by(ranges_, block, Block::kRanges * static_cast<int>(sizeof(__half)));
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      loaded.blocks[g] = Block::load(codes + g * Block::kBytes, ranges + g * Block::kRanges,
+                                     static_cast<int>(threadIdx.x) % 32);
     }
     return loaded;
   }

@@ -62,7 +62,7 @@ class Selector {
               merge_stats(w.stats + team.number * team.size, team.size, near_is_scored);
           if (threadIdx.x == 0) {
             shared.stats = stats;
-            if (near_is_scored) shared.near = LogSum{stats.near_shift, stats.near_sum}.log();
+            if (near_is_scored) shared.near = LogSum{stats.rest_shift, stats.rest_sum}.log();
           }
         } else if (threadIdx.x < 64 && !p.near_is_scored && first) {
           float near = -INFINITY;

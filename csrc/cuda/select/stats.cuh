@@ -34,28 +34,27 @@ __device__ __forceinline__ LogSum warp_log_sum(LogSum sum) {
 
 /// Of one warp's lanes, in lane 0.
 __device__ __forceinline__ BlockStats warp_stats(uint32_t top_key, uint32_t poisoned,
-                                                 int32_t candidates, LogSum near,
-                                                 bool near_is_scored) {
-  if (near_is_scored) near = warp_log_sum(near);
+                                                 int32_t candidates, LogSum rest, bool has_rest) {
+  if (has_rest) rest = warp_log_sum(rest);
   return {__reduce_max_sync(0xffffffffu, top_key), __reduce_or_sync(0xffffffffu, poisoned),
-          __reduce_add_sync(0xffffffffu, candidates), near.shift, near.sum};
+          __reduce_add_sync(0xffffffffu, candidates), rest.shift, rest.sum};
 }
 
 /// Of `count` parts, which other blocks may have written; by one warp, in lane 0.
 __device__ __forceinline__ BlockStats merge_stats(const BlockStats* parts, int count,
-                                                  bool near_is_scored) {
+                                                  bool has_rest) {
   uint32_t top_key = 0, poisoned = 0;
   int32_t candidates = 0;
-  LogSum near;
+  LogSum rest;
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < count; i += 32) {
     const volatile BlockStats& part = parts[i];
     top_key = max(top_key, part.top_key);
     poisoned |= part.poisoned;
     candidates += part.candidates;
-    if (near_is_scored) near.add(part.near_shift, part.near_sum);
+    if (has_rest) rest.add(part.rest_shift, part.rest_sum);
   }
-  return warp_stats(top_key, poisoned, candidates, near, near_is_scored);
+  return warp_stats(top_key, poisoned, candidates, rest, has_rest);
 }
 
 }  // namespace rtpurbo::cuda
