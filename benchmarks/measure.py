@@ -57,8 +57,10 @@ def measure(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
             if run in ours:
                 raise
             failures[run] = f"{type(error).__name__}: {error}".splitlines()[0]
-    for _ in range(max(timer.repeats for timer in timers.values())):
-        for timer in timers.values():
+    # Forth and back, so that none always follows the one that takes most power.
+    in_order = list(timers.values())
+    for turn in range(max(timer.repeats for timer in in_order)):
+        for timer in in_order if turn % 2 == 0 else reversed(in_order):
             timer.take_turn()
     return [row(case, timers, failures) for case in cases]
 
