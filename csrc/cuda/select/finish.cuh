@@ -355,4 +355,21 @@ class Finish {
   }
 };
 
+/// Stages 4 and 5, where FindBin found a bin. `shared` has room for both.
+template <typename Shared>
+__device__ __forceinline__ void cut_bin(const SelectWorkspace& w, Team& team,
+                                        const Members& members, float top, Cut& cut,
+                                        Shared& shared) {
+  if (cut.bin < 0 || cut.bin >= kBins) return;
+  __syncthreads();
+  Publish::run(members, top, cut.bin,
+               w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
+               w.cut_counts + blockIdx.x, shared.publish);
+  team.sync();
+  const int64_t first_block = static_cast<int64_t>(team.number) * team.size;
+  const Published published(w.cut_members + first_block * w.block_members,
+                            w.cut_counts + first_block, w.block_members, team.size);
+  Finish::run(published, top, cut, shared.finish);
+}
+
 }  // namespace rtpurbo::cuda

@@ -99,17 +99,7 @@ class Selector {
       const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
       const double outside = kRefine ? near + left_out : near;
       found.cut = FindBin::run(wanted, near, outside, bin_mass, bin_count, shared.find_bin);
-      if (found.cut.bin >= 0 && found.cut.bin < kBins) {
-        __syncthreads();
-        Publish::run(members, found.top, found.cut.bin,
-                     w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
-                     w.cut_counts + blockIdx.x, shared.publish);
-        team.sync();
-        const int64_t first_block = static_cast<int64_t>(team.number) * team.size;
-        const Published published(w.cut_members + first_block * w.block_members,
-                                  w.cut_counts + first_block, w.block_members, team.size);
-        Finish::run(published, found.top, found.cut, shared.finish);
-      }
+      cut_bin(w, team, members, found.top, found.cut, shared);
       if constexpr (kRefine) {
         if (found.cut.count == 0) return found;
         if (pass == kChoose) wanted = {0.0, 2 * found.cut.count};

@@ -98,17 +98,7 @@ class SievedSelector {
       found.cut.count = shared.stats.candidates;
       return found;
     }
-    if (found.cut.bin >= 0 && found.cut.bin < kBins) {
-      __syncthreads();
-      Publish::run(members, found.top, found.cut.bin,
-                   w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,
-                   w.cut_counts + blockIdx.x, shared.publish);
-      team.sync();
-      const int64_t first_block = static_cast<int64_t>(team.number) * team.size;
-      const Published published(w.cut_members + first_block * w.block_members,
-                                w.cut_counts + first_block, w.block_members, team.size);
-      Finish::run(published, found.top, found.cut, shared.finish);
-    }
+    cut_bin(w, team, members, found.top, found.cut, shared);
     return found;
   }
 
