@@ -16,6 +16,11 @@ constexpr int kAllBins = kBins;
 /// Above, near mass would be infinite; far keys add nothing then.
 constexpr double kMostNats = 700.0;
 
+/// A log-mass relative to the largest score.
+__device__ __forceinline__ double relative_mass(float log_mass, float top) {
+  return exp(fmin(static_cast<double>(log_mass) - top, kMostNats));
+}
+
 /// Which members are in: those with a larger score, and of those with this one the positions up to
 /// index.
 struct Cut {

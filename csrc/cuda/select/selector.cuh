@@ -7,6 +7,16 @@
 
 namespace rtpurbo::cuda {
 
+/// The near keys' log-mass, of which the scores' offset is taken; `near_log_mass()` is of a real
+/// row.
+template <typename NearLogMass>
+__device__ __forceinline__ float near_of_scores(const SelectParams& p, const Row& row,
+                                                const NearLogMass& near_log_mass) {
+  if (row.position < row.start) return -INFINITY;
+  const float near = near_log_mass();
+  return p.offset_ptr ? near - p.offset_ptr[row.head] : near;
+}
+
 /// With kRefine the choice is made again, among twice its members, with their scores by k_index.
 template <typename Scorer, bool kRefine = false>
 class Selector {
@@ -29,14 +39,7 @@ class Selector {
   /// The first half: this block's scores and statistics. A barrier of the team must follow.
   static __device__ void scan(const SelectParams& p, const SelectWorkspace& w, const Team& team,
                               const Row& row, Members& members, Shared& shared) {
-    for (int bin = team.rank * kSelectThreads + threadIdx.x; bin < kBins;
-         bin += team.size * kSelectThreads) {
-#pragma unroll
-      for (int i = 0; i < kHistograms; ++i) {
-        w.bin_mass[(i * w.teams + team.number) * kBins + bin] = 0;
-        w.bin_count[(i * w.teams + team.number) * kBins + bin] = 0;
-      }
-    }
+    clear_histograms<kHistograms>(w, team);
     Scan<Scorer>::run(p, row, members, shared.scan, w.stats[blockIdx.x]);
   }
 
@@ -65,16 +68,12 @@ class Selector {
             if (near_is_scored) shared.near = LogSum{stats.rest_shift, stats.rest_sum}.log();
           }
         } else if (threadIdx.x < 64 && !p.near_is_scored && first) {
-          float near = -INFINITY;
-          if (row.position >= row.start) {
-            near = near_log_mass();
-            if (p.offset_ptr) near -= p.offset_ptr[row.head];
-          }
+          const float near = near_of_scores(p, row, near_log_mass);
           if (threadIdx.x == 32) shared.near = near;
         }
         __syncthreads();
         if (kRefine && !first && shared.stats.top_key == 0 && !shared.stats.poisoned) {
-          const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
+          const double near = relative_mass(shared.near, found.top);
           found.cut = {.bin = kNoBin,
                        .score = INFINITY,
                        .index = -1,
@@ -84,7 +83,7 @@ class Selector {
           return found;
         }
         const float top = score_of(shared.stats.top_key);
-        if (!first) left_out *= exp(fmin(static_cast<double>(found.top) - top, kMostNats));
+        if (!first) left_out *= relative_mass(found.top, top);
         found.top = top;
         found.poisoned = shared.stats.poisoned || !(shared.near < INFINITY);
         found.everything = found.poisoned || p.p >= 1.0 || shared.stats.top_key == 0;
@@ -96,7 +95,7 @@ class Selector {
         Weigh::run(members, found.top, shared.weigh, bin_mass, bin_count);
       }
       team.sync();  // with kWiden, others may still read what will be published anew
-      const double near = exp(fmin(static_cast<double>(shared.near) - found.top, kMostNats));
+      const double near = relative_mass(shared.near, found.top);
       const double outside = kRefine ? near + left_out : near;
       found.cut = FindBin::run(wanted, near, outside, bin_mass, bin_count, shared.find_bin);
       cut_bin(w, team, members, found.top, found.cut, shared);

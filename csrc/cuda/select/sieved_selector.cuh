@@ -3,8 +3,7 @@
 // sample and the rest, all members are scanned once more in the rare case that the sieve held back
 // some that may be in.
 
-#include "csrc/cuda/select/chosen.cuh"
-#include "csrc/cuda/select/finish.cuh"
+#include "csrc/cuda/select/selector.cuh"
 #include "csrc/cuda/select/sieve.cuh"
 
 namespace rtpurbo::cuda {
@@ -12,17 +11,7 @@ namespace rtpurbo::cuda {
 template <typename Scorer>
 class SievedSelector {
  public:
-  struct Shared {
-    union {
-      typename Scan<Scorer>::Shared scan;
-      Weigh::Shared weigh;
-      FindBin::Shared find_bin;
-      Publish::Shared publish;
-      Finish::Shared finish;
-    };
-    BlockStats stats;
-    float near;  // log-mass of the near keys
-  };
+  using Shared = typename Selector<Scorer>::Shared;
 
   /// `meet(scan)` is the team's barrier after each scan. `near_log_mass()`, of a real row, is
   /// called by one warp.
@@ -30,14 +19,15 @@ class SievedSelector {
   static __device__ Selection run(const SelectParams& p, const SelectWorkspace& w, Team& team,
                                   const Row& row, Members& members, Shared& shared,
                                   const Meet& meet, const NearLogMass& near_log_mass) {
-    clear_histograms(w, team);
+    clear_histograms<kSiftedHistograms>(w, team);
     members.take(row.far_begin, row.far_end);
     members.keep_only(0);
     Selection found{};
     Sieve sieve;
     Part part = Part::sample();
-    uint32_t top_key = 0, poisoned = 0;  // of the parts so far
-                                         // One loop, so that its code is fetched once.
+    // Of the parts so far.
+    uint32_t top_key = 0, poisoned = 0;
+    // One loop, so that its code is fetched once.
 #pragma unroll 1
     for (int scan = 0;; ++scan) {
       sift<Scorer>(p, row, part, sieve, Part::origin(team), members, shared.scan,
@@ -48,11 +38,7 @@ class SievedSelector {
         const BlockStats stats = merge_stats(w.stats + team.number * team.size, team.size, true);
         if (threadIdx.x == 0) shared.stats = stats;
       } else if (threadIdx.x < 64 && sampling) {
-        float near = -INFINITY;
-        if (row.position >= row.start) {
-          near = near_log_mass();
-          if (p.offset_ptr) near -= p.offset_ptr[row.head];
-        }
+        const float near = near_of_scores(p, row, near_log_mass);
         if (threadIdx.x == 32) shared.near = near;
       }
       __syncthreads();
@@ -69,8 +55,9 @@ class SievedSelector {
       }
       team.sync();
       if (!found.everything) {
-        const double near = relative(shared.near, found.top);
-        const double dropped = relative(LogSum{stats.rest_shift, stats.rest_sum}.log(), found.top);
+        const double near = relative_mass(shared.near, found.top);
+        const double dropped =
+            relative_mass(LogSum{stats.rest_shift, stats.rest_sum}.log(), found.top);
         Wanted wanted{p.p, p.min_members};
         double share = 1.0;
         if (sampling) {
@@ -100,24 +87,6 @@ class SievedSelector {
     }
     cut_bin(w, team, members, found.top, found.cut, shared);
     return found;
-  }
-
- private:
-  /// Each scan has one of its own.
-  static __device__ void clear_histograms(const SelectWorkspace& w, const Team& team) {
-    for (int bin = team.rank * kSelectThreads + threadIdx.x; bin < kBins;
-         bin += team.size * kSelectThreads) {
-#pragma unroll
-      for (int scan = 0; scan < kSiftedHistograms; ++scan) {
-        const int64_t histogram = static_cast<int64_t>(scan * w.teams + team.number) * kBins;
-        w.bin_mass[histogram + bin] = 0;
-        w.bin_count[histogram + bin] = 0;
-      }
-    }
-  }
-
-  static __device__ double relative(float log_mass, float top) {
-    return exp(fmin(static_cast<double>(log_mass) - top, kMostNats));
   }
 };
 

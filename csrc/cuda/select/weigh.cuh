@@ -11,6 +11,19 @@ namespace rtpurbo::cuda {
 constexpr int kBinFraction = 17;
 constexpr int kMostAtOnce = 32764;
 
+/// The team clears its histograms, of which stages that weigh anew want one each.
+template <int kHistograms>
+__device__ __forceinline__ void clear_histograms(const SelectWorkspace& w, const Team& team) {
+  for (int bin = team.rank * kSelectThreads + threadIdx.x; bin < kBins;
+       bin += team.size * kSelectThreads) {
+#pragma unroll
+    for (int i = 0; i < kHistograms; ++i) {
+      w.bin_mass[(i * w.teams + team.number) * kBins + bin] = 0;
+      w.bin_count[(i * w.teams + team.number) * kBins + bin] = 0;
+    }
+  }
+}
+
 class Weigh {
   static constexpr int kCopies = 4;         // of the histogram: lanes of one bin collide less often
   static constexpr int kSlots = kBins + 1;  // the last one for what is no member
