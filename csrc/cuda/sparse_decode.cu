@@ -39,7 +39,7 @@ struct Sets {
 template <typename T, int kDim, int kBlocks, bool kSieves = false>
 struct Shape {
   using Stages = std::conditional_t<kSieves, SievedSelector<HalfScorerOf<1>>, Selector<HalfScorer>>;
-  using Listed = ListedAttention<T, kDim>;
+  using Listed = ListedAttention<T, kDim, kBlocks == 1 ? 4 : 3>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
   struct ListedShared {
@@ -144,7 +144,8 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
       p.select.mass_ptr[problem] = selection.mass();
     }
     __syncthreads();
-    typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale);
+    typename S::Listed attention(head_rows<const T>(d.q, row.batch, head), d.scale,
+                                 shared.listed.attention);
     const int block_size = kSieves ? 1 : static_cast<int>(p.select.block_size);
     BlockList list(members, block_size, shared.listed.list);
     list.fill(selection, selected);
@@ -161,7 +162,7 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
       });
     }
     const int64_t place = problem * team.size + team.rank;
-    attention.finish(w.listed.sums + place * kDim, w.listed.stats + place, shared.listed.attention);
+    attention.finish(w.listed.sums + place * kDim, w.listed.stats + place);
   }
 
   constexpr int kColumnRuns = kDim / kMergeColumns;

@@ -1,9 +1,11 @@
 #pragma once
 // Attention of one query to a block's selected keys: a few lanes share a key, 16 bytes each, with
-// several keys on their way. Rows that are scattered need no more for the speed of memory.
+// several keys on their way. Rows that are scattered need no more for the speed of memory; more on
+// their way would keep the code that uses them waiting, which comes from memory, too.
 
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
+#include "csrc/cuda/ptx/cp_async.cuh"
 #include "csrc/cuda/select/selector.cuh"
 #include "csrc/cuda/softmax.cuh"
 
@@ -12,7 +14,7 @@ namespace rtpurbo::cuda {
 /// The selected members of a block, warp by warp in the place of their scores.
 class BlockList {
  public:
-  static constexpr int kAtOnce = 4096;
+  static constexpr int kAtOnce = 2048;
   struct Shared {
     int32_t members[kAtOnce];
     int counts[kSelectWarps];
@@ -70,21 +72,30 @@ class BlockList {
   int own_, before_, total_;
 };
 
-template <typename T, int kDim>
+/// kSteps: of a warp that are on their way.
+template <typename T, int kDim, int kSteps>
 class ListedAttention {
   static constexpr int kLaneDims = 8;  // in 16 bytes
   static constexpr int kLanes = kDim / kLaneDims;
-  static constexpr int kRows = 32 / kLanes;  // keys that a warp loads at a time
-  static constexpr int kUnroll = 4;          // steps of a warp that are on their way
+  static constexpr int kRows = 32 / kLanes;  // keys of a step
+
+  /// What a warp's lanes copied for a step, each for itself.
+  struct Arrivals {
+    uint4 k[32], v[32];
+  };
 
  public:
   struct Shared {
-    float sums[kSelectWarps][kDim];
+    union {
+      Arrivals arrivals[kSteps];
+      float sum[kDim];
+    } of_warp[kSelectWarps];
     float2 stats[kSelectWarps];
   };
 
-  __device__ ListedAttention(const T* q, float scale) : scale_(scale * kLog2E) {
-    query_ = load(q + column());
+  __device__ ListedAttention(const T* q, float scale, Shared& shared)
+      : shared_(shared), scale_(scale * kLog2E) {
+    query_ = *reinterpret_cast<const uint4*>(q + column());
   }
 
   /// Adds keys j < keys, whose rows of k and v are row_of(j), or -1 for none.
@@ -95,53 +106,55 @@ class ListedAttention {
     // Warps get runs that differ by one step at most.
     const int steps = (keys + kRows - 1) / kRows;
     const int begin = steps * warp / kSelectWarps, end = steps * (warp + 1) / kSelectWarps;
+    Arrivals* arrivals = shared_.of_warp[warp].arrivals;
+    uint32_t seen = 0;  // bit i: the lane's key of arrivals[i] is one
+    const auto fetch = [&](int step, int place) {
+      if (step < end) {
+        const int j = step * kRows + lane / kLanes;
+        const int64_t n = j < keys ? row_of(j) : -1;
+        const int64_t row = n < 0 ? 0 : n;
+        ptx::cp_async_16(&arrivals[place].k[lane], k + row * k_stride + column(), n >= 0);
+        ptx::cp_async_16(&arrivals[place].v[lane], v + row * v_stride + column(), n >= 0);
+        seen = (seen & ~(1u << place)) | static_cast<uint32_t>(n >= 0) << place;
+      }
+      ptx::cp_async_commit();
+    };
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i) fetch(begin + i, i);
     float query[kLaneDims];
     unpack(query_, query);
 #pragma unroll
     for (float& value : query) value *= scale_;
-    Loaded next;
-    // One step ahead: the first pass only loads.
+    int place = 0;
 #pragma unroll 1
-    for (int step = begin - kUnroll; step < end; step += kUnroll) {
-      const Loaded now = next;
-      next = load_step(k, k_stride, v, v_stride, step + kUnroll, end, keys, row_of, lane);
-      if (step < begin) continue;
-      float logit[kUnroll];
-      float new_top = top_;
+    for (int step = begin; step < end; ++step) {
+      ptx::cp_async_wait<kSteps - 1>();
+      float values[kLaneDims];
+      unpack(arrivals[place].k[lane], values);
+      float logit = 0.0f;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        float values[kLaneDims];
-        unpack(now.k[u], values);
-        float dot = 0.0f;
+      for (int d = 0; d < kLaneDims; ++d) logit = fmaf(query[d], values[d], logit);
 #pragma unroll
-        for (int d = 0; d < kLaneDims; ++d) dot = fmaf(query[d], values[d], dot);
-#pragma unroll
-        for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-          dot += __shfl_xor_sync(0xffffffffu, dot, distance);
-        }
-        logit[u] = now.in >> u & 1 ? dot : -INFINITY;
-        new_top = fmaxf(new_top, logit[u]);
+      for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+        logit += __shfl_xor_sync(0xffffffffu, logit, distance);
       }
+      if (!(seen >> place & 1)) logit = -INFINITY;
+      const float new_top = fmaxf(top_, logit);
       const float shift = softmax_shift(new_top);
-      const float shrink = fast_exp2(top_ - shift);
+      const float shrink = fast_exp2(top_ - shift), weight = fast_exp2(logit - shift);
       top_ = new_top;
-      total_ *= shrink;
+      total_ = fmaf(total_, shrink, weight);
+      unpack(arrivals[place].v[lane], values);
 #pragma unroll
-      for (float& value : sum_) value *= shrink;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const float weight = fast_exp2(logit[u] - shift);
-        float values[kLaneDims];
-        unpack(now.v[u], values);
-        total_ += weight;
-#pragma unroll
-        for (int d = 0; d < kLaneDims; ++d) sum_[d] = fmaf(weight, values[d], sum_[d]);
-      }
+      for (int d = 0; d < kLaneDims; ++d) sum_[d] = fmaf(weight, values[d], sum_[d] * shrink);
+      fetch(step + kSteps, place);
+      place = place + 1 == kSteps ? 0 : place + 1;
     }
+    ptx::cp_async_wait<0>();
   }
 
   /// Merges the block's warps; results as in Partials.
-  __device__ void finish(float* sums, float2* stats, Shared& shared) {
+  __device__ void finish(float* sums, float2* stats) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int distance = kLanes; distance < 32; distance *= 2) {
@@ -158,25 +171,25 @@ class ListedAttention {
     }
     if (lane < kLanes) {
 #pragma unroll
-      for (int d = 0; d < kLaneDims; ++d) shared.sums[warp][column() + d] = sum_[d];
+      for (int d = 0; d < kLaneDims; ++d) shared_.of_warp[warp].sum[column() + d] = sum_[d];
     }
-    if (lane == 0) shared.stats[warp] = make_float2(top_, total_);
+    if (lane == 0) shared_.stats[warp] = make_float2(top_, total_);
     __syncthreads();
     float largest = -INFINITY;
 #pragma unroll
-    for (int w = 0; w < kSelectWarps; ++w) largest = fmaxf(largest, shared.stats[w].x);
+    for (int w = 0; w < kSelectWarps; ++w) largest = fmaxf(largest, shared_.stats[w].x);
     const float shift = softmax_shift(largest);
     float shares[kSelectWarps], all = 0.0f;
 #pragma unroll
     for (int w = 0; w < kSelectWarps; ++w) {
-      shares[w] = fast_exp2(shared.stats[w].x - shift);
-      all += shares[w] * shared.stats[w].y;
+      shares[w] = fast_exp2(shared_.stats[w].x - shift);
+      all += shares[w] * shared_.stats[w].y;
     }
     if (threadIdx.x < kDim) {
       float value = 0.0f;
 #pragma unroll
       for (int w = 0; w < kSelectWarps; ++w) {
-        value = fmaf(shares[w], shared.sums[w][threadIdx.x], value);
+        value = fmaf(shares[w], shared_.of_warp[w].sum[threadIdx.x], value);
       }
       sums[threadIdx.x] = value;
     }
@@ -187,34 +200,7 @@ class ListedAttention {
  private:
   static_assert(kDim <= kSelectThreads);
 
-  struct Loaded {
-    uint4 k[kUnroll], v[kUnroll];
-    uint32_t in;  // bit u: there is such a key
-  };
-
-  template <typename RowOf>
-  static __device__ Loaded load_step(const T* k, int64_t k_stride, const T* v, int64_t v_stride,
-                                     int step, int end, int keys, const RowOf& row_of, int lane) {
-    Loaded loaded;
-    loaded.in = 0;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      loaded.k[u] = loaded.v[u] = make_uint4(0, 0, 0, 0);
-      const int j = (step + u) * kRows + lane / kLanes;
-      const int64_t n = step + u < end && j < keys ? row_of(j) : -1;
-      if (n < 0) continue;
-      loaded.in |= 1u << u;
-      loaded.k[u] = load(k + n * k_stride + column());
-      loaded.v[u] = load(v + n * v_stride + column());
-    }
-    return loaded;
-  }
-
   static __device__ int column() { return static_cast<int>(threadIdx.x) % kLanes * kLaneDims; }
-
-  static __device__ uint4 load(const T* from) {
-    return __ldg(reinterpret_cast<const uint4*>(from));
-  }
 
   static __device__ void unpack(const uint4& loaded, float (&values)[kLaneDims]) {
     const T* elements = reinterpret_cast<const T*>(&loaded);
@@ -222,6 +208,7 @@ class ListedAttention {
     for (int d = 0; d < kLaneDims; ++d) values[d] = to_float(elements[d]);
   }
 
+  Shared& shared_;
   uint4 query_;
   const float scale_;
   float top_ = -INFINITY, total_ = 0.0f;
