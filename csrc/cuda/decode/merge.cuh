@@ -45,73 +45,60 @@ struct Parts {
 constexpr int64_t kMostParts = 1024;
 
 struct MergeShared {
-  float shares[kMostParts];
-  float maxima[kMergeWarps];
-  float totals[kMergeWarps];
+  float2 stats[kMergeWarps];
   float sums[kMergeWarps][kMergeColumns];
 };
 
 /// Columns [first_column, first_column + 32) of a head's output; its log-sum-exp with the first.
+/// Each warp merges every eighth part, a lane a column.
 template <typename T>
 __device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, float* lse,
                               MergeShared& shared) {
+  constexpr int kAtOnce = 4;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // On their way before it is known what they weigh.
-  constexpr int kAhead = 8;
   const int64_t column = first_column + lane;
-  float ahead[kAhead];
+  const int count = parts.count();
+  float top = -INFINITY, total = 0.0f, sum = 0.0f;
+#pragma unroll 1
+  for (int first = warp; first < count; first += kAtOnce * kMergeWarps) {
+    float2 stats[kAtOnce];
+    float sums[kAtOnce];
+    float new_top = top;
 #pragma unroll
-  for (int j = 0; j < kAhead; ++j) {
-    const int i = warp + j * kMergeWarps;
-    ahead[j] = column < parts.dim && i < parts.count() ? parts.sum(i, column) : 0.0f;
-  }
-  constexpr int kOwn = static_cast<int>(kMostParts / kMergeThreads);
-  float2 own[kOwn];
-  float largest = -INFINITY;
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = first + j * kMergeWarps;
+      stats[j] = i < count ? parts.stats(i) : make_float2(-INFINITY, 0.0f);
+      sums[j] = i < count && column < parts.dim ? parts.sum(i, column) : 0.0f;
+    }
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    const int i = static_cast<int>(threadIdx.x) + j * kMergeThreads;
-    own[j] = i < parts.count() ? parts.stats(i) : make_float2(-INFINITY, 0.0f);
-    largest = fmaxf(largest, own[j].x);
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  }
-  __syncthreads();
-  if (lane == 0) shared.maxima[warp] = largest;
-  __syncthreads();
-  for (const float other : shared.maxima) largest = fmaxf(largest, other);
-  const float base = softmax_shift(largest);
-  float total = 0.0f;
+    for (const float2& part : stats) new_top = fmaxf(new_top, part.x);
+    const float base = softmax_shift(new_top);
+    const float shrink = fast_exp2(top - base);
+    top = new_top;
+    total *= shrink;
+    sum *= shrink;
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    const float share = exp2f(own[j].x - base);
-    total += share * own[j].y;
-    shared.shares[threadIdx.x + j * kMergeThreads] = share;
-  }
-  for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
-  if (lane == 0) shared.totals[warp] = total;
-  __syncthreads();
-
-  float sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kAhead; ++j) {
-    sum = fmaf(shared.shares[warp + j * kMergeWarps], ahead[j], sum);
-  }
-  if (column < parts.dim) {
-#pragma unroll 4
-    for (int i = warp + kAhead * kMergeWarps; i < parts.count(); i += kMergeWarps) {
-      sum = fmaf(shared.shares[i], parts.sum(i, column), sum);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const float share = fast_exp2(stats[j].x - base);
+      total = fmaf(share, stats[j].y, total);
+      sum = fmaf(share, sums[j], sum);
     }
   }
+  __syncthreads();  // the last merge may still read
+  if (lane == 0) shared.stats[warp] = make_float2(top, total);
   shared.sums[warp][lane] = sum;
   __syncthreads();
   if (warp != 0) return;
+  float largest = -INFINITY;
+#pragma unroll
+  for (const float2& part : shared.stats) largest = fmaxf(largest, part.x);
+  const float base = softmax_shift(largest);
   total = sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < kMergeWarps; ++w) {
-    sum += shared.sums[w][lane];
-    total += shared.totals[w];
+    const float share = fast_exp2(shared.stats[w].x - base);
+    total = fmaf(share, shared.stats[w].y, total);
+    sum = fmaf(share, shared.sums[w][lane], sum);
   }
   if (column < parts.dim) out[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
   if (first_column == 0 && lane == 0) *lse = lse_of_octaves(largest, total);
