@@ -129,8 +129,9 @@ class ListedAttention {
 #pragma unroll 1
     for (int step = begin; step < end; ++step) {
       ptx::cp_async_wait<kSteps - 1>();
+      const uint4 own_k = arrivals[place].k[lane], own_v = arrivals[place].v[lane];
       float values[kLaneDims];
-      unpack(arrivals[place].k[lane], values);
+      unpack(own_k, values);
       float logit = 0.0f;
 #pragma unroll
       for (int d = 0; d < kLaneDims; ++d) logit = fmaf(query[d], values[d], logit);
@@ -144,7 +145,7 @@ class ListedAttention {
       const float shrink = fast_exp2(top_ - shift), weight = fast_exp2(logit - shift);
       top_ = new_top;
       total_ = fmaf(total_, shrink, weight);
-      unpack(arrivals[place].v[lane], values);
+      unpack(own_v, values);
 #pragma unroll
       for (int d = 0; d < kLaneDims; ++d) sum_[d] = fmaf(weight, values[d], sum_[d] * shrink);
       fetch(step + kSteps, place);
