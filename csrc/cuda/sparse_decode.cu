@@ -134,7 +134,7 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     if constexpr (kSieves) {
       selection = S::Stages::run(
           p.select, w.select, team, row, members, shared.select,
-          [&](int scan) { meet(first && scan == 0); }, near_log_mass);
+          [&](int scan) { meet(first && scan == 0); }, near_log_mass, dynamic);
     } else {
       selection =
           S::Stages::choose(p.select, w.select, team, row, members, shared.select, near_log_mass);
@@ -175,7 +175,11 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     }
   }
   __syncthreads();
-  for (uint32_t item = blockIdx.x; item < merge_items; item += gridDim.x) {
+  // A warp each where there are many, of few parts then.
+  const bool alone = merge_items > 2 * gridDim.x;
+  const uint32_t merger = alone ? blockIdx.x * kSelectWarps + threadIdx.x / 32 : blockIdx.x;
+  const uint32_t mergers = alone ? gridDim.x * kSelectWarps : gridDim.x;
+  for (uint32_t item = merger; item < merge_items; item += mergers) {
     const uint32_t head_number = item / kColumnRuns, heads = static_cast<uint32_t>(d.heads);
     const int64_t batch = head_number / heads;
     const int head = static_cast<int>(head_number - static_cast<uint32_t>(batch) * heads);
@@ -186,8 +190,9 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
       const int64_t place = (batch * p.select.heads + list) * team.size;
       parts.second = {w.listed.sums + place * kDim, w.listed.stats + place, 1, team.size};
     }
-    merge_columns(parts, item % kColumnRuns * kMergeColumns, head_rows<T>(d.out, batch, head),
-                  d.lse_ptr + batch * d.heads + head, shared.merge);
+    merge_columns(parts, alone, item % kColumnRuns * kMergeColumns,
+                  head_rows<T>(d.out, batch, head), d.lse_ptr + batch * d.heads + head,
+                  shared.merge);
   }
 }
 
@@ -278,7 +283,10 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
   plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes);
   plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
   plan.select.sieves = kSieves;
-  if (kSieves) plan.select.scores_in_shared = false;
+  if (kSieves) {
+    plan.select.scores_in_shared = false;
+    plan.select.shared_bytes = residency.shared_bytes;
+  }
   plan.near_splits = near_splits(p.decode, sort_sets(p.decode).near_count, residency.blocks);
   Workspace w;
   plan.workspace_bytes = lay_out(p, plan, nullptr, w);

@@ -49,59 +49,74 @@ struct MergeShared {
   float sums[kMergeWarps][kMergeColumns];
 };
 
-/// Columns [first_column, first_column + 32) of a head's output; its log-sum-exp with the first.
-/// Each warp merges every eighth part, a lane a column.
-template <typename T>
-__device__ void merge_columns(const Parts& parts, int64_t first_column, T* out, float* lse,
-                              MergeShared& shared) {
-  constexpr int kAtOnce = 4;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = first_column + lane;
-  const int count = parts.count();
+/// A column of a head's output, of some of its parts.
+struct MergedColumn {
   float top = -INFINITY, total = 0.0f, sum = 0.0f;
+};
+
+/// Of every stride-th part from `first` on.
+__device__ __forceinline__ MergedColumn merge_column(const Parts& parts, int first, int stride,
+                                                     int64_t column) {
+  constexpr int kAtOnce = 4;
+  const int count = parts.count();
+  MergedColumn merged;
 #pragma unroll 1
-  for (int first = warp; first < count; first += kAtOnce * kMergeWarps) {
+  for (; first < count; first += kAtOnce * stride) {
     float2 stats[kAtOnce];
     float sums[kAtOnce];
-    float new_top = top;
+    float new_top = merged.top;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int i = first + j * kMergeWarps;
+      const int i = first + j * stride;
       stats[j] = i < count ? parts.stats(i) : make_float2(-INFINITY, 0.0f);
       sums[j] = i < count && column < parts.dim ? parts.sum(i, column) : 0.0f;
     }
 #pragma unroll
     for (const float2& part : stats) new_top = fmaxf(new_top, part.x);
     const float base = softmax_shift(new_top);
-    const float shrink = fast_exp2(top - base);
-    top = new_top;
-    total *= shrink;
-    sum *= shrink;
+    const float shrink = fast_exp2(merged.top - base);
+    merged.top = new_top;
+    merged.total *= shrink;
+    merged.sum *= shrink;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const float share = fast_exp2(stats[j].x - base);
-      total = fmaf(share, stats[j].y, total);
-      sum = fmaf(share, sums[j], sum);
+      merged.total = fmaf(share, stats[j].y, merged.total);
+      merged.sum = fmaf(share, sums[j], merged.sum);
     }
   }
-  __syncthreads();  // the last merge may still read
-  if (lane == 0) shared.stats[warp] = make_float2(top, total);
-  shared.sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0) return;
-  float largest = -INFINITY;
+  return merged;
+}
+
+/// Columns [first_column, first_column + 32) of a head's output, a lane each; its log-sum-exp with
+/// the first. By a block, or with `alone` by each warp for itself.
+template <typename T>
+__device__ void merge_columns(const Parts& parts, bool alone, int64_t first_column, T* out,
+                              float* lse, MergeShared& shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = first_column + lane;
+  MergedColumn merged = merge_column(parts, alone ? 0 : warp, alone ? 1 : kMergeWarps, column);
+  if (!alone) {
+    __syncthreads();  // the last merge may still read
+    if (lane == 0) shared.stats[warp] = make_float2(merged.top, merged.total);
+    shared.sums[warp][lane] = merged.sum;
+    __syncthreads();
+    if (warp != 0) return;
+    merged = {};
 #pragma unroll
-  for (const float2& part : shared.stats) largest = fmaxf(largest, part.x);
-  const float base = softmax_shift(largest);
-  total = sum = 0.0f;
+    for (const float2& part : shared.stats) merged.top = fmaxf(merged.top, part.x);
+    const float base = softmax_shift(merged.top);
 #pragma unroll
-  for (int w = 0; w < kMergeWarps; ++w) {
-    const float share = fast_exp2(shared.stats[w].x - base);
-    total = fmaf(share, shared.stats[w].y, total);
-    sum = fmaf(share, shared.sums[w][lane], sum);
+    for (int w = 0; w < kMergeWarps; ++w) {
+      const float share = fast_exp2(shared.stats[w].x - base);
+      merged.total = fmaf(share, shared.stats[w].y, merged.total);
+      merged.sum = fmaf(share, shared.sums[w][lane], merged.sum);
+    }
   }
-  if (column < parts.dim) out[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
-  if (first_column == 0 && lane == 0) *lse = lse_of_octaves(largest, total);
+  if (column < parts.dim) {
+    out[column] = from_float<T>(merged.total == 0.0f ? 0.0f : merged.sum / merged.total);
+  }
+  if (first_column == 0 && lane == 0) *lse = lse_of_octaves(merged.top, merged.total);
 }
 
 /// The parts of one of a head's slots.
@@ -122,7 +137,7 @@ __global__ __launch_bounds__(kMergeThreads) void merge_kernel(
   if (p.head_slots[head][1] >= 0) {
     parts.second = run_of_slot(p, partials, batch, p.head_slots[head][1]);
   }
-  merge_columns(parts, static_cast<int64_t>(blockIdx.z) * kMergeColumns,
+  merge_columns(parts, false, static_cast<int64_t>(blockIdx.z) * kMergeColumns,
                 head_rows<T>(p.out, batch, head), p.lse_ptr + batch * p.heads + head, shared);
 }
 

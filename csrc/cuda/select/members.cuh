@@ -1,6 +1,7 @@
 #pragma once
 // Which members a warp owns, and where it keeps their scores.
 
+#include "csrc/cuda/ptx/cp_async.cuh"
 #include "csrc/cuda/ptx/mad_wide.cuh"
 #include "csrc/cuda/ptx/prefetch.cuh"
 #include "csrc/cuda/select/team.cuh"
@@ -34,9 +35,10 @@ class Members {
         run_shift_(w.run_shift),
         own_(static_cast<int>(threadIdx.x) / 32 * team.size + team.rank),
         room_(warp_room(w.warp_groups, p.block_size)),
-        in_global_(w.scores != nullptr),
         sifted_(sifted),
-        scores_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_ * (sifted ? 2 : 1)) {}
+        place_(scores + static_cast<int64_t>(threadIdx.x / 32) * room_ * (sifted ? 2 : 1)),
+        scores_(place_),
+        in_global_(w.scores != nullptr) {}
 
   /// Takes the groups that hold the keys [begin, end).
   __device__ void take(int64_t begin, int64_t end) {
@@ -50,6 +52,8 @@ class Members {
 
   /// Forgets all but the first `kept` of this lane.
   __device__ void keep_only(int kept) {
+    scores_ = place_;
+    in_global_ = true;
     next_ = &score(static_cast<int>(threadIdx.x) % 32 + kept * 32);
   }
 
@@ -59,7 +63,7 @@ class Members {
     next_[kPositions] = __int_as_float(position);
     next_ += 2 * kPositions;
   }
-  __device__ int kept() const { return static_cast<int>(next_ - scores_) / (2 * kPositions); }
+  __device__ int kept() const { return static_cast<int>(next_ - place_) / (2 * kPositions); }
 
   /// Lanes that kept less than others get members that are out.
   __device__ void keep_end() {
@@ -70,11 +74,26 @@ class Members {
     __syncwarp();
   }
 
+  /// Copies what is kept to shared memory, if `bytes` for the block are enough.
+  __device__ void bring(char* shared, int bytes) {
+    const int of_warp = bytes / kSelectWarps / 16 * 4;  // scores and positions
+    if (2 * kept_in_all_ > of_warp) return;
+    float* to = reinterpret_cast<float*>(shared) + static_cast<int>(threadIdx.x) / 32 * of_warp;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) % 32 * 4; i < 2 * kept_in_all_; i += 128) {
+      ptx::cp_async_16(&to[i], &scores_[i]);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncwarp();
+    scores_ = to;
+    in_global_ = false;
+  }
+
   /// Groups of this warp, and its members.
   __device__ int groups() const { return groups_; }
   __device__ int of_group() const { return 1 << shift_; }
   __device__ int count() const { return sifted_ ? kept_in_all_ : groups_ << shift_; }
-  __device__ int room() const { return room_; }
 
   /// Groups of this warp whose number in the row is below `number`.
   __device__ int groups_before(int number) const {
@@ -136,8 +155,10 @@ class Members {
   static constexpr int kPositions = 32;  // of sifted members, after as many scores
 
   const int stride_, shift_, run_shift_, own_, room_;
-  const bool in_global_, sifted_;
-  float* const scores_;
+  const bool sifted_;
+  float* const place_;  // where scores go
+  float* scores_;       // where they are
+  bool in_global_;
   int first_group_ = 0, end_group_ = 0;  // of the team
   int groups_ = 0;
   int kept_in_all_ = 0;  // by this warp, and what fills up

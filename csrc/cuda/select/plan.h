@@ -74,6 +74,7 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   const int64_t members = blocks * w.block_members;
   w.teams = plan.teams;
   w.team_size = plan.team_size;
+  w.shared_bytes = static_cast<int32_t>(plan.shared_bytes);
   w.run_shift = plan.run_shift;
   w.warp_groups = plan.warp_groups;
   w.groups = divide_up(p.keys, kGroupKeys);

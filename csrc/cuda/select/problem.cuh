@@ -61,6 +61,7 @@ struct SelectWorkspace {
   int32_t run_shift;      // log2 of the groups that follow each other in a warp
   int32_t warp_groups;    // that a warp has room for
   int32_t block_members;  // that a block has room for
+  int32_t shared_bytes;   // of dynamic shared memory of a block
   int64_t groups;         // words of a problem's mask
   int64_t chunks;
 };

@@ -14,11 +14,12 @@ class SievedSelector {
   using Shared = typename Selector<Scorer>::Shared;
 
   /// `meet(scan)` is the team's barrier after each scan. `near_log_mass()`, of a real row, is
-  /// called by one warp.
+  /// called by one warp. `dynamic` is shared memory for what is kept.
   template <typename Meet, typename NearLogMass>
   static __device__ Selection run(const SelectParams& p, const SelectWorkspace& w, Team& team,
                                   const Row& row, Members& members, Shared& shared,
-                                  const Meet& meet, const NearLogMass& near_log_mass) {
+                                  const Meet& meet, const NearLogMass& near_log_mass,
+                                  char* dynamic) {
     clear_histograms<kSiftedHistograms>(w, team);
     members.take(row.far_begin, row.far_end);
     members.keep_only(0);
@@ -34,6 +35,7 @@ class SievedSelector {
                    w.stats[blockIdx.x]);
       meet(scan);
       const bool sampling = scan == 0;
+      if (!sampling) members.bring(dynamic, w.shared_bytes);
       if (threadIdx.x < 32) {
         const BlockStats stats = merge_stats(w.stats + team.number * team.size, team.size, true);
         if (threadIdx.x == 0) shared.stats = stats;

@@ -48,7 +48,7 @@ class Weigh {
     uint32_t* mass = shared.mass[threadIdx.x % kCopies];
     uint32_t* count = shared.count[threadIdx.x % kCopies];
 #pragma unroll 1
-    for (int begin = 0; begin < members.room(); begin += kStep) {
+    for (int begin = 0; __syncthreads_or(begin < members.count()); begin += kStep) {
       for (int i = threadIdx.x; i < kCopies * kSlots; i += kSelectThreads) {
         shared.mass[0][i] = shared.count[0][i] = 0;
       }
@@ -77,7 +77,6 @@ class Weigh {
         atomicAdd(&bin_mass[bin], static_cast<unsigned long long>(units));
         atomicAdd(&bin_count[bin], bin_members);
       }
-      __syncthreads();
     }
   }
 };
