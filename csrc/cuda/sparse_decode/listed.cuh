@@ -152,6 +152,7 @@ class ListedAttention {
       place = place + 1 == kSteps ? 0 : place + 1;
     }
     ptx::cp_async_wait<0>();
+    __syncwarp();  // their place is used anew
   }
 
   /// Merges the block's warps; results as in Partials.
