@@ -110,7 +110,7 @@ class Step:
         read = len(set(self.owners)) * ROW
         index_key = INDEX_DIM * self.bits // 8
         heads, floor = len(self.retrieval), self.floor * ROW
-        fewest = fewest_to_select_from(batch, heads, read, index_key, floor)
+        fewest = fewest_to_select_from(batch, heads, read, index_key, floor, sifts=True)
         return keys - WINDOW - SINKS >= fewest
 
     def whole(self) -> Tensor:

@@ -18,6 +18,11 @@ SPARED_BYTES = 1 << 27
 """What a selection must spare a decode step to read: the time of its stages, 30 to 45 us."""
 SCORE_BYTES = 32
 """What a decode step reads while it ranks one score of a retrieval head, the index key aside."""
+SIFTED_SCORES = 1 << 23
+"""Of all retrieval heads, from which on `sparse_decode` has a sieve (csrc/cuda/select/plan.h)."""
+SIFTED_SCORE_BYTES = 8
+SIFTING_BYTES = 1 << 27
+"""The same with a sieve, and what this must spare beside SPARED_BYTES: its sample's stages."""
 
 FAST_INDEX_DIM = 16
 """The one that selection has kernels for on tensor cores, and in one launch with decode."""
@@ -60,21 +65,37 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
     # What `sparse_decode` does in one launch; see csrc/cuda/sparse_decode.cu.
     fused = q.element_size() == 2 and dim in (64, 128, 256) and config.index_dim == FAST_INDEX_DIM
     one_launch = fused and not config.refine
-    return fewest_to_select_from(batch, heads, read, index_key, floor, one_launch)
+    by_keys = config.block_size == 1 and config.index == "beyond_window"
+    sifts = one_launch and by_keys and config.near_window >= 64 and dim <= 128
+    return fewest_to_select_from(batch, heads, read, index_key, floor, one_launch, sifts)
 
 
 def fewest_to_select_from(
-    batch: int, heads: int, read: int, index_key: int, floor: int, one_launch: bool = True
+    batch: int,
+    heads: int,
+    read: int,
+    index_key: int,
+    floor: int,
+    one_launch: bool = True,
+    sifts: bool = False,
 ) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
     `read`: bytes a far key of keys and values; `index_key`: those that a retrieval head scans;
     `floor`: bytes of keys and values that a retrieval head reads at least; `one_launch`: instead of
-    one for each of `near_lse`, `select` and `decode`.
+    one for each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores.
     """
-    spared = batch * (read - heads * (index_key + SCORE_BYTES))
     least = SPARED_BYTES * (1 if one_launch else 2) + batch * heads * floor
-    return least // spared + 1 if spared > 0 else sys.maxsize
+
+    def fewest(least: int, score: int) -> int:
+        spared = batch * (read - heads * (index_key + score))
+        return least // spared + 1 if spared > 0 else sys.maxsize
+
+    plain = fewest(least, SCORE_BYTES)
+    if not sifts:
+        return plain
+    sifted = fewest(least + SIFTING_BYTES, SIFTED_SCORE_BYTES)
+    return min(plain, max(sifted, SIFTED_SCORES // (batch * heads)))
 
 
 def prefill_selects(context: LayerContext, q: Tensor, keys: int) -> bool:

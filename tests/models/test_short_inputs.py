@@ -11,8 +11,12 @@ from rtpurbo.patching import state
 from rtpurbo.short_inputs import (
     PREFILL_SECONDS,
     SCORE_BYTES,
+    SIFTED_SCORE_BYTES,
+    SIFTED_SCORES,
+    SIFTING_BYTES,
     SPARED_BYTES,
     fewest_far_keys,
+    fewest_to_select_from,
     prefill_selects,
     seconds_spared,
     selection_seconds,
@@ -61,6 +65,41 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
     assert fewest_far_keys(context, q) == 1
     q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
     assert fewest_far_keys(context, q) > 2**31  # an index key weighs more than a key
+
+
+@pytest.mark.parametrize(
+    "bits, keys, speed",
+    [
+        (16, 131_072, 0.58), (16, 262_144, 0.76), (16, 1_048_576, 1.36), (4, 131_072, 0.73),
+        (4, 524_288, 1.9), (4, 1_048_576, 2.7),
+    ],
+)  # fmt: skip
+def test_a_sieve_serves_many_heads(bits, keys, speed):
+    """`speed`: of 32 of 32 retrieval heads against reading every key, on an H100."""
+    row = 2 * 128 * 2
+    shape = 1, 32, 4 * row, 16 * bits // 8, 8192 * row
+    assert (keys >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
+
+
+def test_a_sieve_is_for_many_scores():
+    row = 2 * 128 * 2
+    least = fewest_to_select_from(1, 28, 4 * row, 32, 0, sifts=True)
+    spared = 4 * row - 28 * (32 + SIFTED_SCORE_BYTES)
+    assert least == SIFTED_SCORES // 28 > (SPARED_BYTES + SIFTING_BYTES) // spared
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"window": 63}, {"block_size": 16}, {"index": "full"}, {"refine": True}]
+)
+def test_a_sieve_is_for_single_keys_of_the_index(settings):
+    """Of these heads the scores without one take as long as the keys."""
+    roles, size = torch.ones(2, 6, dtype=torch.bool), {"index_dim": 16, "window": 64, "recent": 64}
+    bits = {"index_bits": 8} if "refine" in settings else {}
+    settings_of_all = {**size, **bits, **settings}
+    model = rtpurbo.sparsify(tiny(num_key_value_heads=1), config(roles, **settings_of_all))
+    context = state(model).layers[0]
+    q = SimpleNamespace(shape=(4096, 6, 1, 64), device=torch.device("cuda"), element_size=lambda: 2)
+    assert (fewest_far_keys(context, q) > 1 << 20) == (settings != {})
 
 
 @pytest.mark.parametrize(
