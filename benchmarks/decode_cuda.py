@@ -44,15 +44,19 @@ SHAPES = [
     *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
     *[dict(batch=1, keys=keys, bits=4) for keys in (131_072, 1_048_576)],
     *[dict(batch=batch, keys=2**i * 1024) for batch in (4, 16) for i in (3, 5, 7, 9)],
+    *[dict(batch=batch, keys=keys) for batch in (2, 8, 32) for keys in (1024, 8192, 32_768)],
+    *[dict(batch=batch, keys=256) for batch in (4, 16, 64)],
     *[
         dict(batch=1, keys=keys, selected=selected)
         for keys in (131_072, 1_048_576)
         for selected in (512, 2048, 16_384)
     ],
     *[dict(batch=64, keys=keys) for keys in (1024, 8192, 32_768)],
-    *[dict(batch=1, keys=131_072, heads="all", shared=shared) for shared in (False, True)],
-    dict(batch=1, keys=1_048_576, heads="all"),
-    dict(batch=1, keys=1_048_576, heads="all", bits=4),
+    *[
+        dict(batch=1, keys=keys, heads="all", **index)
+        for keys in (131_072, 262_144, 524_288, 1_048_576)
+        for index in (dict(shared=False), dict(shared=True), dict(bits=4))
+    ],
 ]
 
 

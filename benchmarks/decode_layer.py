@@ -108,9 +108,9 @@ class Step:
         """Whether a model would select, rather than read all far keys."""
         batch, _, keys, _ = self.k.shape
         read = len(set(self.owners)) * ROW
-        index_key = INDEX_DIM * self.bits // 8
+        index = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
         heads, floor = len(self.retrieval), self.floor * ROW
-        fewest = fewest_to_select_from(batch, heads, read, index_key, floor, sifts=True)
+        fewest = fewest_to_select_from(batch, heads, read, index, floor, sifts=True)
         return keys - WINDOW - SINKS >= fewest
 
     def whole(self) -> Tensor:

@@ -57,6 +57,9 @@ cudaError_t launch_mma(const DecodeParams& p, const Partials& partials, dim3 gri
   return cudaGetLastError();
 }
 
+/// Blocks that merge at once, about: the machine's size matters little.
+constexpr int kMergersAtOnce = 512;
+
 template <typename T>
 cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 grid,
                           cudaStream_t stream) {
@@ -86,9 +89,6 @@ bool shares_loads(const DecodeParams& p) {
 int decode_splits(const DecodeParams& params, int sm_count) {
   constexpr int64_t kTile = kTileKeys * kWarps;
   const int64_t tiles = divide_up(most_keys(params), kTile);
-  // To merge takes longer than a second tile.
-  constexpr int64_t kFewTiles = 2;
-  if (tiles <= kFewTiles && params.slots_count == params.heads) return 1;
   // Rounded down: one block too many would double the time.
   const auto blocks_of_sm = [&](int64_t count) {
     return count * sm_count / std::max<int64_t>(1, params.batch * params.sets_count);
@@ -99,7 +99,11 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   const int64_t two = blocks_of_sm(2);
   const bool one = tiles < kTilesOfTwo * two && shares_loads(params);
   const int64_t wanted = one ? blocks_of_sm(1) : two;
-  return static_cast<int>(std::max<int64_t>(1, std::min({wanted, tiles, kMostParts / 2})));
+  const int64_t splits = std::max<int64_t>(1, std::min({wanted, tiles, kMostSplits}));
+  // To merge takes longer than two more tiles.
+  constexpr int64_t kFewTiles = 2;
+  const int64_t spared = tiles - divide_up(tiles, splits);
+  return spared <= kFewTiles && params.slots_count == params.heads ? 1 : static_cast<int>(splits);
 }
 
 size_t decode_workspace(const DecodeParams& params) {
@@ -137,9 +141,10 @@ cudaError_t launch_decode(const DecodeParams& params, void* workspace, cudaStrea
       using T = decltype(element);
       const cudaError_t launched = launch_splits<T>(p, partials, grid, stream);
       if (launched != cudaSuccess || p.has_whole_heads()) return launched;
-      const dim3 columns(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch),
-                         static_cast<unsigned>(divide_up(p.dim, kMergeColumns)));
-      return launch_dependent(merge_kernel<T>, columns, kMergeThreads, stream, p, partials);
+      const int64_t items = p.batch * p.heads * divide_up(p.dim, kMergeColumns);
+      const bool alone = merges_alone(items, kMergersAtOnce, 2 * p.splits);
+      const dim3 mergers(static_cast<unsigned>(alone ? divide_up(items, kMergeWarps) : items));
+      return launch_dependent(merge_kernel<T>, mergers, kMergeThreads, stream, p, partials, alone);
     });
     if (error != cudaSuccess) return error;
   }

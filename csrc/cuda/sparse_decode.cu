@@ -39,7 +39,7 @@ struct Sets {
 template <typename T, int kDim, int kBlocks, bool kSieves = false>
 struct Shape {
   using Stages = std::conditional_t<kSieves, SievedSelector<HalfScorerOf<1>>, Selector<HalfScorer>>;
-  using Listed = ListedAttention<T, kDim, kBlocks == 1 ? 4 : 3>;
+  using Listed = ListedAttention<T, kDim, 3>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
   struct ListedShared {
@@ -175,8 +175,7 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     }
   }
   __syncthreads();
-  // A warp each where there are many, of few parts then.
-  const bool alone = merge_items > 2 * gridDim.x;
+  const bool alone = merges_alone(merge_items, gridDim.x, d.splits + team.size);
   const uint32_t merger = alone ? blockIdx.x * kSelectWarps + threadIdx.x / 32 : blockIdx.x;
   const uint32_t mergers = alone ? gridDim.x * kSelectWarps : gridDim.x;
   for (uint32_t item = merger; item < merge_items; item += mergers) {
@@ -243,7 +242,7 @@ int near_splits(const DecodeParams& p, int near_sets, int blocks) {
   const int64_t most = std::min(std::max(window, p.slots), p.length);
   const int64_t wanted = blocks / std::max<int64_t>(1, p.batch * near_sets);
   return static_cast<int>(
-      std::max<int64_t>(1, std::min({wanted, divide_up(most, kTile), kMostParts / 2})));
+      std::max<int64_t>(1, std::min({wanted, divide_up(most, kTile), kMostSplits})));
 }
 
 /// Takes the workspace apart, or with a null base only measures it.

@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 from rtpurbo import ops
 from tests import reference
 from tests.gpu.attention_check import CUDA_TYPES, assert_rounded, map_tensors, to_cuda
+from tests.gpu.repeats import assert_repeats
 from tests.lists import lists_where
 from tests.ops.attention_cases import Case, attention_arguments, draw
 
@@ -180,6 +181,49 @@ def test_twenty_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     for _ in range(20):
         again = ops.attention(q, k, v, [1, 6], 300, 4, 0.09)
         assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_lists_repeat_and_replay(dim: int) -> None:
+    """Local heads, heads with lists, and tiles that read every key, in one launch."""
+    q, k, v = (torch.randn(1, h, 1500, dim, device="cuda").bfloat16() for h in (8, 2, 2))
+    indices, counts = lists_where(torch.rand(1, 3, 12, 24) < 0.3)
+    counts[:, :, ::4] = -1
+    lists = dict(block_indices=indices.cuda(), block_counts=counts.cuda())
+    assert_repeats(lambda: ops.attention(q, k, v, [1, 2, 6], 300, 4, dim**-0.5, **lists))
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+@pytest.mark.parametrize("seed", range(10))
+def test_any_split_equals_one_pass(seed: int, dtype: torch.dtype) -> None:
+    """Rows in chunks, each with the keys so far; of whole tiles with the same bits, lists too."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    dim, rows, heads = rng.choice([64, 128, 256]), rng.randint(300, 1200), 6
+    q, k, v = (
+        torch.randn(2, h, rows, dim, generator=generator).to(dtype).cuda() for h in (heads, 2, 2)
+    )
+    start = torch.tensor([0, rng.randint(0, rows)], device="cuda")
+    call = [1, 2, 5], rng.choice([1, 64, 300, 5000]), rng.choice([0, 4]), dim**-0.5
+    indices, counts = lists_where(
+        torch.rand(2, 3, -(-rows // 128), -(-rows // 64), generator=generator) < 0.4
+    )
+    indices, counts = indices.cuda(), counts.cuda()
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    for lists, unit in ((False, 1), (False, 128), (True, 128)):
+        whole = dict(block_indices=indices, block_counts=counts) if lists else {}
+        out, lse = ops.attention(q, k, v, *call, start=start, **whole)
+        cuts = sorted({0, rows, *(rng.randint(0, rows) // unit * unit for _ in range(3))})
+        for a, b in pairwise(cuts):
+            tiles = slice(a // 128, -(-b // 128))
+            part = {name: tensor[:, :, tiles] for name, tensor in whole.items()}
+            keys = (t[:, :, :b] for t in (k, v))
+            got = ops.attention(q[:, :, a:b], *keys, *call, start=start, **part)
+            if unit == 128 and dtype != torch.float32:
+                assert torch.equal(got[0], out[:, :, a:b]) and torch.equal(got[1], lse[:, :, a:b])
+            else:
+                torch.testing.assert_close(got[0], out[:, :, a:b], atol=tolerance, rtol=tolerance)
+                torch.testing.assert_close(got[1], lse[:, :, a:b], atol=1e-5, rtol=1e-5)
 
 
 def test_graph_capture_replays() -> None:

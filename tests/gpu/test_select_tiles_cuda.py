@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -144,6 +145,23 @@ def test_random_tiles_of_a_model_equal_the_cpu(seed):
         if rng.random() < 0.5:
             case[name] = None
     check_equal(case, *both(case))
+
+
+@pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("seed", range(10))
+def test_splits_between_tiles_equal_one_pass(rank, seed, cuda_device):
+    rng = random.Random(seed)
+    rows = rng.randint(300, 1500)
+    case = draw(3000 + seed, rows, rows, 16, torch.float16, "normal")
+    case |= {"window": rng.choice([64, 300]), "sinks": 4, "min_blocks": 1, "rank": rank}
+    case = on_cuda(case)
+    whole = ops.select_tiles(**case, capacity=64)
+    cuts = sorted({0, rows, *(rng.randint(0, rows) // 128 * 128 for _ in range(3))})
+    for a, b in pairwise(cuts):
+        part = case | {name: case[name][:, :, a:b] for name in ("q_index", "near_lse")}
+        got = ops.select_tiles(**part | {"k_index": case["k_index"][:, :, :b]}, capacity=64)
+        for one, all_of in zip(got, whole, strict=True):
+            assert torch.equal(one, all_of[:, :, a // 128 : -(-b // 128)])
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])

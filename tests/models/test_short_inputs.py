@@ -77,15 +77,17 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
 def test_a_sieve_serves_many_heads(bits, keys, speed):
     """`speed`: of 32 of 32 retrieval heads against reading every key, on an H100."""
     row = 2 * 128 * 2
-    shape = 1, 32, 4 * row, 16 * bits // 8, 8192 * row
+    shape = 1, 32, 4 * row, 32 * 16 * bits // 8, 8192 * row
     assert (keys >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
 
 
 def test_a_sieve_is_for_many_scores():
     row = 2 * 128 * 2
-    least = fewest_to_select_from(1, 28, 4 * row, 32, 0, sifts=True)
+    least = fewest_to_select_from(1, 28, 4 * row, 28 * 32, 0, sifts=True)
     spared = 4 * row - 28 * (32 + SIFTED_SCORE_BYTES)
     assert least == SIFTED_SCORES // 28 > (SPARED_BYTES + SIFTING_BYTES) // spared
+    assert fewest_to_select_from(32, 32, 4 * row, 32 * 32, 0, sifts=True) == 1 << 15
+    assert fewest_to_select_from(0, 32, 4 * row, 32 * 32, 0, sifts=True) > 1 << 40
 
 
 @pytest.mark.parametrize(

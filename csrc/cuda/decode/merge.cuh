@@ -42,7 +42,8 @@ struct Parts {
   __device__ int64_t place(int i) const { return i < first.count ? i : i - first.count; }
 };
 
-constexpr int64_t kMostParts = 1024;
+/// More would take longer to merge than they spare.
+constexpr int64_t kMostSplits = 512;
 
 struct MergeShared {
   float2 stats[kMergeWarps];
@@ -126,18 +127,31 @@ __device__ __forceinline__ PartRun run_of_slot(const DecodeParams& p, const Part
   return {partials.sums + first * p.dim, partials.stats + first, p.slots_count, p.splits};
 }
 
+/// Whether warps merge alone: where there are many heads' columns, of few parts each.
+__device__ __host__ inline bool merges_alone(int64_t items, int blocks, int64_t parts) {
+  constexpr int kFewParts = 32;
+  return items > 2 * blocks && parts <= kFewParts;
+}
+
+/// Columns of a head's output that one warp, or block, merges: item i of [B, Hq, runs].
 template <typename T>
 __global__ __launch_bounds__(kMergeThreads) void merge_kernel(
-    const __grid_constant__ DecodeParams p, Partials partials) {
+    const __grid_constant__ DecodeParams p, Partials partials, bool alone) {
   __shared__ MergeShared shared;
   ptx::await_previous_kernel();
-  const int64_t head = blockIdx.x, batch = blockIdx.y;
+  // 32-bit divisions, which the items of one launch fit.
+  const auto runs = static_cast<uint32_t>((p.dim + kMergeColumns - 1) / kMergeColumns);
+  const auto heads = static_cast<uint32_t>(p.heads);
+  const uint32_t item = alone ? blockIdx.x * kMergeWarps + threadIdx.x / 32 : blockIdx.x;
+  const uint32_t head_number = item / runs, batch = head_number / heads;
+  if (batch >= p.batch) return;
+  const uint32_t head = head_number - batch * heads;
   Parts parts{.dim = p.dim};
   parts.first = run_of_slot(p, partials, batch, p.head_slots[head][0]);
   if (p.head_slots[head][1] >= 0) {
     parts.second = run_of_slot(p, partials, batch, p.head_slots[head][1]);
   }
-  merge_columns(parts, false, static_cast<int64_t>(blockIdx.z) * kMergeColumns,
+  merge_columns(parts, alone, static_cast<int64_t>(item - head_number * runs) * kMergeColumns,
                 head_rows<T>(p.out, batch, head), p.lse_ptr + batch * p.heads + head, shared);
 }
 
