@@ -58,6 +58,7 @@ def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any
         index=arguments.form,
         prefill=arguments.prefill,
         index_bits=arguments.index_bits,
+        refine=arguments.refine,
         select_from=0,
     )
     rtpurbo.sparsify(model, config)
@@ -97,6 +98,7 @@ def needles(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     report.settings["stage 1"] = metrics
     kind = f"{arguments.form}-{arguments.prefill}-{arguments.index_bits}"
+    kind += "-refined" * arguments.refine
     report.save(arguments.output / f"needles-{kind}.json")
     print(report.to_markdown(), flush=True)
 
@@ -159,6 +161,7 @@ def main() -> None:
         first.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
         first.add_argument("--prefill", choices=["dense", "sparse"], default="dense")
         first.add_argument("--index-bits", type=int, choices=[4, 8, 16], default=16)
+        first.add_argument("--refine", action="store_true", help="score again in 16 bits")
         first.add_argument("--train-length", type=int, default=8192)
         first.add_argument("--steps", type=int, default=120)
         first.add_argument("--updates", type=int, default=4)

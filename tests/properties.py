@@ -69,7 +69,7 @@ def layers(
 ) -> Layer:
     """Odd sizes on both sides of the kernels' tiles; a sequence may hold nothing but padding."""
     batch, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    group = draw(st.sampled_from([1, 2, 3, 5, 8, 16]))
+    group = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16]))
     rows = draw(st.integers(1, max_rows) | st.just(1))
     keys = draw(st.integers(rows, max_keys) | st.just(rows))
     heads = range(kv_heads * group)
@@ -77,7 +77,7 @@ def layers(
         batch=batch,
         kv_heads=kv_heads,
         group=group,
-        dim=draw(st.sampled_from([8, 16, 24, 64, 72])),
+        dim=draw(st.sampled_from([8, 16, 24, 64, 72, 128, 256])),
         rows=rows,
         keys=keys,
         window=draw(st.integers(1, 40) | st.integers(1, max_keys)),
