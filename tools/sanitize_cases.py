@@ -37,13 +37,18 @@ def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> Non
             )  # fmt: skip
 
 
+def coded_half(k_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The index keys that have no codes, and the first half's codes, if there are to be some."""
+    if bits == 16:
+        return k_index, {}
+    far = k_index.shape[2] // 2 // 64 * 64
+    codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
+    return k_index[:, :, far:], dict(codes=codes, ranges=ranges)
+
+
 def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits: int) -> None:
     q, k, v = (draw(2, h, n, dim, dtype=dtype) for h, n in ((18, 1), (2, keys), (2, keys)))
-    k_index, more = draw(2, 3, keys, 16, dtype=torch.float16), {}
-    if bits < 16:
-        far = keys // 2 // 64 * 64
-        codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
-        k_index, more = k_index[:, :, far:], dict(codes=codes, ranges=ranges)
+    k_index, more = coded_half(draw(2, 3, keys, 16, dtype=torch.float16), bits)
     for p, beyond in ((0.8, True), (1.0, False)):
         ops.sparse_decode(
             q, k, v, [0, 9, 17], draw(2, 3, 1, 16, dtype=torch.float16), k_index, [0, 1, 2], p,
@@ -55,11 +60,7 @@ def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits
 def sifted(keys: int, bits: int) -> None:
     """So many keys that blocks use a sieve."""
     q, k, v = (draw(1, h, n, 64, dtype=torch.bfloat16) for h, n in ((32, 1), (4, keys), (4, keys)))
-    k_index, more = draw(1, 32, keys, 16, dtype=torch.float16), {}
-    if bits < 16:
-        far = keys // 2 // 64 * 64
-        codes, ranges = ops.quantize_index(k_index[:, :, :far], bits)
-        k_index, more = k_index[:, :, far:], dict(codes=codes, ranges=ranges)
+    k_index, more = coded_half(draw(1, 32, keys, 16, dtype=torch.float16), bits)
     q_index, heads = 4 * draw(1, 32, 1, 16, dtype=torch.float16), list(range(32))
     ops.sparse_decode(
         q, k, v, heads, q_index, k_index, heads, 0.8, 100, 100, 3, 20, 0.125, **more,

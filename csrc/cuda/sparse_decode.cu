@@ -39,7 +39,7 @@ struct Sets {
 template <typename T, int kDim, int kBlocks, bool kSieves = false>
 struct Shape {
   using Stages = std::conditional_t<kSieves, SievedSelector<HalfScorerOf<1>>, Selector<HalfScorer>>;
-  using Listed = ListedAttention<T, kDim, 3>;
+  using Listed = ListedAttention<T, kDim>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
   struct ListedShared {

@@ -91,14 +91,13 @@ def test_a_sieve_is_for_many_scores():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"window": 63}, {"block_size": 16}, {"index": "full"}, {"refine": True}]
+    "settings",
+    [{}, {"window": 63}, {"block_size": 16}, {"index": "full"}, {"refine": True, "index_bits": 8}],
 )
 def test_a_sieve_is_for_single_keys_of_the_index(settings):
     """Of these heads the scores without one take as long as the keys."""
     roles, size = torch.ones(2, 6, dtype=torch.bool), {"index_dim": 16, "window": 64, "recent": 64}
-    bits = {"index_bits": 8} if "refine" in settings else {}
-    settings_of_all = {**size, **bits, **settings}
-    model = rtpurbo.sparsify(tiny(num_key_value_heads=1), config(roles, **settings_of_all))
+    model = rtpurbo.sparsify(tiny(num_key_value_heads=1), config(roles, **{**size, **settings}))
     context = state(model).layers[0]
     q = SimpleNamespace(shape=(4096, 6, 1, 64), device=torch.device("cuda"), element_size=lambda: 2)
     assert (fewest_far_keys(context, q) > 1 << 20) == (settings != {})

@@ -38,8 +38,9 @@ __device__ __forceinline__ void for_each_chosen(const Selection& selection, cons
       if (ties && !selection.everything) {
 #pragma unroll 1
         for (int e = 0; e < 4; ++e) {
-          if (ties >> e & 1 && i + e < members.count())
+          if (ties >> e & 1 && i + e < members.count()) {
             in |= (members.position(i + e) <= selection.cut.index) << e;
+          }
         }
       }
     }

@@ -72,9 +72,9 @@ class BlockList {
   int own_, before_, total_;
 };
 
-/// kSteps: of a warp that are on their way.
-template <typename T, int kDim, int kSteps>
+template <typename T, int kDim>
 class ListedAttention {
+  static constexpr int kSteps = 3;     // of a warp that are on their way
   static constexpr int kLaneDims = 8;  // in 16 bytes
   static constexpr int kLanes = kDim / kLaneDims;
   static constexpr int kRows = 32 / kLanes;  // keys of a step
