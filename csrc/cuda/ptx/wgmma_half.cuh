@@ -21,20 +21,17 @@ __device__ __forceinline__ uint64_t descriptor_of_32_byte_rows(const void* share
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
       "+r"(d[i + 6]), "+r"(d[i + 7])
 
-/// d[64, 256] = a[64, 16] b[256, 16]^T in fp16: a in registers as in mma_m16n8k16, 16 rows a warp;
+/// d[64, 128] = a[64, 16] b[128, 16]^T in fp16: a in registers as in mma_m16n8k16, 16 rows a warp;
 /// b in shared memory. In d lane l of warp w has, at 2 j + h, of row 16 w + l / 4 + 8 h the columns
 /// 8 j + 2 (l % 4) and the next.
-__device__ __forceinline__ void wgmma_m64n256k16(uint32_t (&d)[64], const uint32_t (&a)[4],
+__device__ __forceinline__ void wgmma_m64n128k16(uint32_t (&d)[32], const uint32_t (&a)[4],
                                                  uint64_t b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n256k16.f16.f16.f16 "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f16.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
-      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, "
-      "%35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
-      "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, 0, 1, 1, 0;\n"
-      : RTPURBO_D8(d, 0), RTPURBO_D8(d, 8), RTPURBO_D8(d, 16), RTPURBO_D8(d, 24), RTPURBO_D8(d, 32),
-        RTPURBO_D8(d, 40), RTPURBO_D8(d, 48), RTPURBO_D8(d, 56)
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 0, 1, 1, 0;\n"
+      : RTPURBO_D8(d, 0), RTPURBO_D8(d, 8), RTPURBO_D8(d, 16), RTPURBO_D8(d, 24)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 

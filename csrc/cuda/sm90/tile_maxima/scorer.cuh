@@ -1,6 +1,6 @@
 #pragma once
-// A warpgroup: 128 rows as two operands of 64 in turns. It has one set of accumulators; while it
-// reduces them, the tensor cores work for the other warpgroups.
+// A warpgroup: 128 rows as two operands of 64 in turns. Two products are under way at a time: while
+// it reduces the scores of one, the tensor cores work on the other and for other warpgroups.
 
 #include <cuda_fp16.h>
 
@@ -15,27 +15,32 @@ namespace rtpurbo::cuda::sm90::maxima {
 
 using tiles::Log2Sum;
 
-/// Scores of 64 rows and 256 keys, see wgmma_m64n256k16.
-using Scores = uint32_t[64];
+/// Scores of 64 rows and 128 keys, see wgmma_m64n128k16.
+using Scores = uint32_t[32];
 
-/// A lane's two fp16 maxima for its row, g + 8 (t / 2) of its warp's 16: of blocks 2 (t % 2) and
-/// the next of the 256 keys. The keys of two blocks come in turns, see encode_key_map: they are the
-/// halves of a register.
-__device__ __forceinline__ uint32_t block_maxima(const Scores& d, int t) {
+/// A lane's fp16 maxima of 256 keys, not yet those of its quad: for rows g and g + 8 of its warp's
+/// 16, two pairs of blocks each. The keys of two blocks come in turns, see encode_key_map: they are
+/// the halves of a register.
+struct Maxima {
   uint32_t pairs[4];
+
+  /// Of pair p.
+  __device__ __forceinline__ void take(const Scores& d, int p) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {
+      uint32_t largest = d[half];
 #pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      const auto at = [&](int j) { return d[2 * (16 * p + j) + half]; };
-      uint32_t largest = at(0);
-#pragma unroll
-      for (int j = 1; j < 16; ++j) largest = tiles::max_or_nan(largest, at(j));
+      for (int j = 1; j < 16; ++j) largest = tiles::max_or_nan(largest, d[2 * j + half]);
       pairs[2 * half + p] = largest;
     }
   }
-  return tiles::share_out(pairs, t, [](uint32_t a, uint32_t b) { return tiles::max_or_nan(a, b); });
-}
+
+  /// Of row g + 8 (t / 2): of blocks 2 (t % 2) and the next.
+  __device__ __forceinline__ uint32_t share_out(int t) const {
+    return tiles::share_out(pairs, t,
+                            [](uint32_t a, uint32_t b) { return tiles::max_or_nan(a, b); });
+  }
+};
 
 /// A lane's share of 64 rows.
 struct Rows {
@@ -117,15 +122,17 @@ class Scorer {
     }
   }
 
-  /// Begins scoring the rows against 256 keys.
+  /// Begins scoring the rows against 128 keys.
   __device__ __forceinline__ void start(Scores& scores, const Rows& rows, const uint8_t* keys) {
     ptx::wgmma_fence();
-    ptx::wgmma_m64n256k16(scores, rows.query, ptx::descriptor_of_32_byte_rows(keys));
+    ptx::wgmma_m64n128k16(scores, rows.query, ptx::descriptor_of_32_byte_rows(keys));
     ptx::wgmma_commit();
   }
 
+  /// All products but the last kLater ones, one of which is `scores`.
+  template <int kLater>
   __device__ __forceinline__ void finish(Scores& scores) {
-    ptx::wgmma_wait<0>();
+    ptx::wgmma_wait<kLater>();
     ptx::pin(scores);
   }
 
@@ -141,15 +148,28 @@ class Scorer {
   /// Stage i of the ring, of which all rows see all keys as far; `out` is that of its first key.
   __device__ __forceinline__ void whole_stage(KeyRing& ring, unsigned i, uint32_t* out) {
     const uint8_t* keys = ring.acquire(i);
-    Scores scores;
+    Scores first, second;
+    Maxima maxima;
+    ptx::pin(first);
+    ptx::pin(second);
+    start(first, rows_[0], keys);
+    ring.advance(i);
+    start(second, rows_[0], keys + kBoxBytes);
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const int half = part / 2, m = part % 2;
-      start(scores, rows_[m], keys + half * kTileBytes);
-      if (part == 0) ring.advance(i);
-      finish(scores);
-      if (part == 3) ring.release(i);
-      take(scores, rows_[m], out + half * quad_words() + m * kOperandWords);
+      const uint8_t* next = keys + (part + 1) / 2 * kTileBytes;
+      finish<1>(first);
+      maxima.take(first, 0);
+      if (part < 3) {
+        start(first, rows_[(part + 1) % 2], next);
+        finish<1>(second);
+      } else {
+        finish<0>(second);
+        ring.release(i);
+      }
+      maxima.take(second, 1);
+      if (part < 3) start(second, rows_[(part + 1) % 2], next + kBoxBytes);
+      keep(maxima, rows_[part % 2], out + part / 2 * quad_words() + part % 2 * kOperandWords);
     }
   }
 
@@ -161,11 +181,16 @@ class Scorer {
       const int half = part / 2, m = part % 2;
       const int key = first_key + half * kTileKeys;
       if (key >= far_.end || key + kTileKeys <= far_.begin) continue;
-      Scores scores;
-      start(scores, rows_[0], keys + half * kTileBytes);
-      finish(scores);
-      hide(scores, m, key);
-      take(scores, rows_[0], maxima_of(key) + m * kOperandWords);
+      Maxima maxima;
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        Scores scores;
+        start(scores, rows_[0], keys + half * kTileBytes + p * kBoxBytes);
+        finish<0>(scores);
+        hide(scores, m, key + p * kBoxKeys);
+        maxima.take(scores, p);
+      }
+      keep(maxima, rows_[0], maxima_of(key) + m * kOperandWords);
       // Twice in turns: a loop whose body has one operand is half as long.
       const Rows other = rows_[0];
       rows_[0] = rows_[1];
@@ -184,9 +209,9 @@ class Scorer {
       const int begin = group_.tile.far_begin - key - t_;
       const int end = valid ? group_.tile.far_end(row) - key - t_ : INT32_MIN;
 #pragma unroll
-      for (int j = 0; j < 32; ++j) {
+      for (int j = 0; j < 16; ++j) {
         uint32_t& pair = scores[2 * j + h];
-        const int low = j / 16 * 2 * tiles::kBlock + j % 16 * 4, high = low + tiles::kBlock;
+        const int low = j * 4, high = low + tiles::kBlock;
         if (low < begin || low >= end) pair = (pair & 0xffff0000u) | kNone;
         if (high < begin || high >= end) pair = (pair & 0xffffu) | kNone << 16;
       }
@@ -194,8 +219,8 @@ class Scorer {
   }
 
   /// Keeps the blocks' maxima and adds them up.
-  __device__ __forceinline__ void take(const Scores& scores, Rows& rows, uint32_t* out) {
-    const uint32_t pair = block_maxima(scores, t_);
+  __device__ __forceinline__ void keep(const Maxima& maxima, Rows& rows, uint32_t* out) {
+    const uint32_t pair = maxima.share_out(t_);
     *out = pair;
     rows.add(pair);
   }

@@ -13,12 +13,13 @@ using tiles::Workspace;
 constexpr int kWarpgroups = 4;
 constexpr int kThreads = 128 * kWarpgroups;
 constexpr int kRows = 128;      // of a tile
-constexpr int kTileKeys = 256;  // of a wgmma
+constexpr int kTileKeys = 256;  // whose maxima a quad's lanes share out: two products' keys
 constexpr int kStageKeys = 2 * kTileKeys;
 constexpr int kKeyBytes = 32;
 constexpr int kTileBytes = kTileKeys * kKeyBytes;
-constexpr int kBoxBlocks = 2;  // of a copy
+constexpr int kBoxBlocks = 2;  // of a copy, and of a product
 constexpr int kBoxKeys = kBoxBlocks * tiles::kBlock;
+constexpr int kBoxBytes = kBoxKeys * kKeyBytes;
 
 /// Of a launch. Numbers of 32 bits divide without a subroutine.
 struct Plan {
