@@ -27,10 +27,12 @@ class Layer:
     def shape(self) -> str:
         return f"{self.heads}/{self.kv_heads}/{self.dim}"
 
-    def qkv(self, rows: int, keys: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    def qkv(
+        self, rows: int, keys: int, dtype: torch.dtype, device: str = "cpu", batch: int = 1
+    ) -> list[Tensor]:
         shapes = ((self.heads, rows), (self.kv_heads, keys), (self.kv_heads, keys))
         return [
-            torch.randn(1, length, heads, self.dim, dtype=dtype, device=device).transpose(1, 2)
+            torch.randn(batch, length, heads, self.dim, dtype=dtype, device=device).transpose(1, 2)
             for heads, length in shapes
         ]
 

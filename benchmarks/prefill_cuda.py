@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention import LAYERS, Layer
-from benchmarks.dense import BACKENDS, dense
+from benchmarks.dense_prefill import cudnn, flash
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.peers.prefill import listed_peers, windowed_peers
 from benchmarks.prefill_layer import SINKS, Prefill
@@ -136,10 +136,7 @@ def cases_at(
 ) -> list[Case]:
     """They share the tensors and the dense baselines, by far the slowest runs."""
     prefill = Prefill(layer, keys, device)
-    causal: dict[str, Run] = {
-        name: partial(dense, backend, prefill.q, prefill.k, prefill.v, is_causal=True)
-        for name, backend in BACKENDS.items()
-    }
+    causal = {**flash(prefill), **cudnn(prefill)}
     return [case_of(prefill, parameters, causal) for parameters in chosen]
 
 

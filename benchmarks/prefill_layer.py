@@ -9,6 +9,8 @@ from torch import Tensor
 
 from benchmarks.attention import Layer
 from benchmarks.flex import Flex
+from benchmarks.masks import dense_pairs, near_pairs
+from benchmarks.random_lists import ListPlan
 from rtpurbo import ops
 from rtpurbo.tiles import TILE, TILE_BLOCK, TILE_RANK
 
@@ -18,21 +20,61 @@ Lists = tuple[Tensor, Tensor]
 
 
 class Prefill:
-    """q, k, v of `keys` positions, given or drawn, laid out as transformers does."""
+    """q, k, v of prompts, given or drawn, laid out as transformers does.
+
+    By default one prompt of `keys` tokens in one pass. `lengths`: of several, padded on the left to
+    the longest; `rows`: of the last pass over unpadded prompts, whose other keys are cached.
+    """
 
     def __init__(
-        self, layer: Layer, keys: int, device: str, qkv: list[Tensor] | None = None
+        self,
+        layer: Layer,
+        keys: int,
+        device: str,
+        qkv: list[Tensor] | None = None,
+        *,
+        lengths: Sequence[int] = (),
+        rows: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.layer, self.keys, self.device = layer, keys, device
-        self.q, self.k, self.v = qkv or layer.qkv(keys, keys, torch.bfloat16, device)
+        self.lengths = tuple(lengths) or (keys,)
+        self.rows = keys if rows is None else rows
+        if max(self.lengths) != keys or (self.is_padded and self.rows < keys):
+            raise ValueError(
+                "benchmarks: the longest prompt must have all keys, and each where rows are fewer, "
+                f"got {self.lengths} for {self.rows} rows and {keys} keys"
+            )
+        self.q, self.k, self.v = qkv or layer.qkv(self.rows, keys, dtype, device, len(self.lengths))
+        self.start = None
+        if self.is_padded:
+            self.start = torch.tensor([keys - n for n in self.lengths], device=device)
         self.retrieval = list(layer.retrieval_heads)
         self.scale = layer.dim**-0.5
+
+    @property
+    def is_padded(self) -> bool:
+        return min(self.lengths) < self.keys
+
+    def dense_pairs(self) -> int:
+        """Of all prompts, as below: pairs of a row and a key that a dense head sees."""
+        return sum(dense_pairs(n, min(self.rows, n)) for n in self.lengths)
+
+    def near_pairs(self, window: int) -> int:
+        return sum(near_pairs(n, window, SINKS, min(self.rows, n)) for n in self.lengths)
+
+    def plans(self, window: int, share: float) -> list[ListPlan]:
+        """Lists of a share of the far pairs; one plan a prompt."""
+        return [ListPlan.of_far(n, window, SINKS, share, min(self.rows, n)) for n in self.lengths]
 
     @cached_property
     def index(self) -> tuple[Tensor, Tensor]:
         """Queries and keys, with logits that spread as after training."""
-        shape = 1, len(self.retrieval), self.keys, INDEX_DIM
-        q, k = (torch.randn(shape, dtype=torch.float16, device=self.device) for _ in range(2))
+        batch, heads = len(self.lengths), len(self.retrieval)
+        q, k = (
+            torch.randn(batch, heads, n, INDEX_DIM, dtype=torch.float16, device=self.device)
+            for n in (self.rows, self.keys)
+        )
         return q * 3, k
 
     @cached_property
@@ -57,7 +99,8 @@ class Prefill:
         q = self.q.transpose(1, 2).index_select(2, chosen).transpose(1, 2)
         own = tuple(range(len(heads))) if retrieval else ()
         alone = replace(layer, heads=len(heads), retrieval_heads=own)
-        return Prefill(alone, self.keys, self.device, [q, self.k, self.v])
+        qkv = [q, self.k, self.v]
+        return Prefill(alone, self.keys, self.device, qkv, lengths=self.lengths, rows=self.rows)
 
     def flex(self, heads: Sequence[int], window: int) -> Flex:
         """The mask of `attend` without lists."""
@@ -68,24 +111,30 @@ class Prefill:
     def attend(self, heads: Sequence[int], window: int, lists: Lists | None = None) -> Tensor:
         indices, counts = lists or (None, None)
         return ops.attention(
-            self.q, self.k, self.v, heads, window, SINKS, self.scale,
+            self.q, self.k, self.v, heads, window, SINKS, self.scale, self.start,
             block_indices=indices, block_counts=counts, tile=TILE, block_size=TILE_BLOCK,
         )[0]  # fmt: skip
 
     def near_lse(self, window: int) -> Tensor:
         group = self.layer.heads // self.layer.kv_heads
         owners = [head // group for head in self.retrieval]
-        return ops.near_lse(self.q, self.k, self.retrieval, owners, window, SINKS, self.scale)
+        return ops.near_lse(
+            self.q, self.k, self.retrieval, owners, window, SINKS, self.scale, self.start
+        )
 
-    def select_tiles(self, window: int, near_lse: Tensor) -> Lists:
+    def select_tiles(self, window: int, near_lse: Tensor | None) -> Lists:
         q_index, k_index = self.index
         indices, counts, _ = ops.select_tiles(
             q_index, k_index, list(range(len(self.retrieval))), self.threshold, window, SINKS,
-            MIN_BLOCKS, tile=TILE, block_size=TILE_BLOCK, near_lse=near_lse, rank=TILE_RANK,
+            MIN_BLOCKS, tile=TILE, block_size=TILE_BLOCK, near_lse=near_lse, start=self.start,
+            rank=TILE_RANK,
         )  # fmt: skip
         return indices, counts
 
-    def sparse(self, window: int, lists: Lists) -> Tensor:
-        """As a model does it, but for the lists that it attends to."""
-        self.select_tiles(window, self.near_lse(window))
+    def sparse(self, window: int, lists: Lists, recent: int | None = None) -> Tensor:
+        """As a model does it, but for the lists that it attends to; `recent`: in form `full`."""
+        if recent is None:
+            self.select_tiles(window, self.near_lse(window))
+        else:
+            self.select_tiles(recent, None)
         return self.attend(self.retrieval, window, lists)

@@ -1,66 +1,106 @@
 """The short-input rule of sparse prefill: a layer as the rule runs it, against both ways.
 
+| kind | what |
+|---|---|
+| whole | prompts of equal length |
+| padded | one of as many keys, three of FEW, padded on the left |
+| chunk | the last rows of a prompt whose other keys are cached |
+
 Where it selects, lists hold LISTED_SHARE of the far pairs of a row and a key. `selects`: 1 or 0.
+`window` is the local heads'. Retrieval heads select outside it; in form `full` outside RECENT keys.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
 from benchmarks.attention import LAYERS
-from benchmarks.dense import BACKENDS, dense
-from benchmarks.masks import dense_pairs, near_pairs
-from benchmarks.prefill_cuda import lowest_density
+from benchmarks.dense_prefill import cudnn
 from benchmarks.prefill_layer import INDEX_DIM, SINKS, Prefill
-from benchmarks.random_lists import ListPlan
-from benchmarks.registry import Case, Wanted, benchmark
+from benchmarks.prefill_shape import WIDE, Shape
+from benchmarks.random_lists import draw_batch
+from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo.short_inputs import LISTED_SHARE, seconds_spared
 
+FEW, RECENT = 1024, 64
 LENGTHS = [2**i * 1024 for i in range(1, 7)]
-WINDOWS = (256, 1024, 4096, 8192)
+BATCHES = {1: 65536, 4: 32768, 16: 8192}
+"""The most keys of a prompt, by how many there are."""
+CHUNKS = [(keys, rows) for keys in (16384, 65536, 262_144) for rows in (512, 4096)]
+WINDOWS = {"beyond_window": (256, 1024, 4096, 8192), "full": (1024,)}
+"""By index form."""
+
+SHAPES = [
+    *[
+        Shape("whole", keys, layer, lengths=(keys,) * batch)
+        for layer in LAYERS
+        for batch, most in BATCHES.items()
+        for keys in LENGTHS
+        if keys <= most
+    ],
+    *[Shape("whole", keys, WIDE) for keys in LENGTHS],
+    *[
+        Shape("padded", keys, layer, lengths=(keys, FEW, FEW, FEW))
+        for layer in LAYERS
+        for keys in (8192, 16384, 32768)
+    ],
+    *[Shape("chunk", keys, layer, rows=rows) for layer in LAYERS for keys, rows in CHUNKS],
+]
 
 
-def case_of(prefill: Prefill, window: int) -> Case:
-    keys, heads = prefill.keys, prefill.retrieval
-    near = near_pairs(keys, window, SINKS)
-    density = (near + LISTED_SHARE * (dense_pairs(keys) - near)) / dense_pairs(keys)
-    density = max(density, lowest_density(keys, window))
-    lists = ListPlan(keys, window, SINKS, density).draw(len(heads), prefill.device)
-    ways = {
+def parameters_of(shape: Shape) -> list[dict[str, Any]]:
+    return [
+        {**shape.parameters, "index": index, "window": window}
+        for index, windows in WINDOWS.items()
+        for window in windows
+        if window < shape.keys
+    ]
+
+
+def case_of(prefill: Prefill, parameters: dict[str, Any], baselines: dict[str, Run]) -> Case:
+    heads, window = prefill.retrieval, parameters["window"]
+    recent = RECENT if parameters["index"] == "full" else None
+    near = window if recent is None else recent
+    lists = draw_batch(prefill.plans(near, LISTED_SHARE), len(heads), prefill.device)
+    ways: dict[str, Run] = {
         "dense retrieval heads": partial(prefill.attend, heads, window),
-        "listed retrieval heads": partial(prefill.sparse, window, lists),
+        "listed retrieval heads": partial(prefill.sparse, window, lists, recent),
     }
     spared = seconds_spared(
-        len(heads), keys, keys, window + SINKS, prefill.layer.dim, INDEX_DIM, beyond_window=True
+        len(prefill.lengths) * len(heads),
+        prefill.rows,
+        prefill.keys,
+        near + SINKS,
+        prefill.layer.dim,
+        INDEX_DIM,
+        beyond_window=recent is None,
     )
     selects = spared > 0
     return Case(
-        parameters={"heads": prefill.layer.shape, "keys": keys, "window": window},
+        parameters=parameters,
         run=ways["listed retrieval heads" if selects else "dense retrieval heads"],
-        baselines={
-            **ways,
-            "cudnn": partial(
-                dense, BACKENDS["cudnn"], prefill.q, prefill.k, prefill.v, is_causal=True
-            ),
-        },
-        goals={"dense retrieval heads": 1.0, "cudnn": 1.0},
+        baselines={**ways, **baselines},
+        goals={"dense retrieval heads": 1.0, **dict.fromkeys(baselines, 1.0)},
         device=prefill.device,
         facts={"selects": float(selects)},
     )
+
+
+def cases_at(shape: Shape, chosen: list[dict[str, Any]], device: str = "cuda") -> list[Case]:
+    """They share the tensors and the baselines."""
+    prefill = shape.draw(device)
+    baselines = cudnn(prefill)
+    return [case_of(prefill, parameters, baselines) for parameters in chosen]
 
 
 @benchmark
 def prefill_short_cuda(wanted: Wanted) -> Iterator[list[Case]]:
     if not torch.cuda.is_available():
         return
-    for layer in LAYERS:
-        for keys in LENGTHS:
-            windows = [
-                window
-                for window in WINDOWS
-                if window < keys and wanted({"heads": layer.shape, "keys": keys, "window": window})
-            ]
-            if windows:
-                prefill = Prefill(layer, keys, "cuda")
-                yield [case_of(prefill, window) for window in windows]
+    for shape in SHAPES:
+        chosen = [parameters for parameters in parameters_of(shape) if wanted(parameters)]
+        if chosen:
+            yield cases_at(shape, chosen)
+            torch.cuda.empty_cache()

@@ -125,7 +125,8 @@ def seconds_spared(
     """What sparse prefill spares a GPU; negative where dense retrieval heads are quicker.
 
     `heads`: retrieval heads of all sequences; `near`: keys of the window and sinks; the `rows` are
-    the last of the `keys`. Few rows cost a whole tile in either way.
+    the last of the `keys`. Few rows cost a whole tile in either way. Padding counts as tokens, as
+    only the device knows how much there is.
     """
     rows = min(keys, -(-rows // TILE) * TILE)
     far_pairs = _triangle(keys - near) - _triangle(keys - near - rows)

@@ -108,8 +108,17 @@ def test_every_goal_has_its_case():
     assert len(goals) == len(expected)
 
 
-def test_a_short_prefill_runs_as_the_rule_says(monkeypatch):
-    prefill, asked = Prefill(LAYER, 1024, "cpu"), []
+@pytest.mark.parametrize(
+    "index, lengths, rows, of",
+    [
+        ("beyond_window", [1024], 1024, (2, 1024, 1024, 256 + SINKS)),
+        ("beyond_window", [1024, 256], 1024, (4, 1024, 1024, 256 + SINKS)),
+        ("full", [1024] * 3, 128, (6, 128, 1024, prefill_short_cuda.RECENT + SINKS)),
+    ],
+)
+def test_a_short_prefill_runs_as_the_rule_says(monkeypatch, index, lengths, rows, of):
+    prefill, asked = Prefill(LAYER, 1024, "cpu", lengths=lengths, rows=rows), []
+    parameters, calls = {"index": index, "window": 256}, recorded_calls(monkeypatch)
     for spared, way in ((-1.0, "dense retrieval heads"), (1.0, "listed retrieval heads")):
 
         def answer(*of, spared=spared, **form):
@@ -117,11 +126,17 @@ def test_a_short_prefill_runs_as_the_rule_says(monkeypatch):
             return spared
 
         monkeypatch.setattr(prefill_short_cuda, "seconds_spared", answer)
-        case = prefill_short_cuda.case_of(prefill, 256)
-        assert asked.pop() == ((2, 1024, 1024, 256 + SINKS, 16, 16), {"beyond_window": True})
+        case = prefill_short_cuda.case_of(prefill, parameters, {})
+        assert asked.pop() == ((*of, 16, 16), {"beyond_window": index == "beyond_window"})
         assert case.run is case.baselines[way]
         assert case.facts == {"selects": float(spared > 0)}
+        calls.clear()
         case.run()
+        selected = [(args, kwargs) for name, args, kwargs in calls if name == "select_tiles"]
+        assert len(selected) == (spared > 0)
+        for args, kwargs in selected:
+            assert args[4] == of[3] - SINKS and (kwargs["near_lse"] is None) == (index == "full")
+        assert calls[-1][1][4] == 256
 
 
 def test_heads_of_a_role_alone_do_what_they_do_in_the_layer():

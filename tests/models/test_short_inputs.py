@@ -139,6 +139,11 @@ def test_selection_takes_what_was_measured(keys, window, index_dim, beyond_windo
     assert seconds == pytest.approx(measured, rel=0.1)
 
 
+def test_a_batch_launches_once():
+    one, four = (seconds_spared(n * 5, 8192, 8192, 1028, 128, 16, True) for n in (1, 4))
+    assert one < 0 < four == pytest.approx(4 * one + 3 * PREFILL_SECONDS)
+
+
 def test_few_rows_cost_a_tile():
     one, tile, more = (seconds_spared(5, m, 1 << 20, 8196, 128, 16, True) for m in (1, 128, 129))
     assert 0 < one == tile < more
@@ -159,15 +164,16 @@ def test_a_short_prefill_sees_every_key():
 
 
 def test_a_gpu_prefills_sparsely_where_that_spares_time():
-    def rule(keys, device="cuda", size=2, **settings):
+    def rule(keys, device="cuda", size=2, batch=1, **settings):
         settings = dict(window=WINDOW, sinks=SINKS, prefill="sparse", index_dim=16) | settings
         context = state(rtpurbo.sparsify(tiny(), config(**settings))).layers[0]
         q = SimpleNamespace(
-            shape=(1, 6, keys, 128), device=torch.device(device), element_size=lambda: size
+            shape=(batch, 6, keys, 128), device=torch.device(device), element_size=lambda: size
         )
         return prefill_selects(context, q, keys)
 
     assert [rule(keys) for keys in (4096, 65536)] == [False, True]
+    assert [rule(8192, batch=batch) for batch in (1, 4)] == [False, True]
     assert [rule(keys, index="full", recent=64) for keys in (4096, 65536)] == [False, True]
     assert rule(4096, "cpu") and rule(4096, size=4)
     assert not rule(65536, index_dim=24) and rule(4096, index_dim=24, select_from=0)
