@@ -124,13 +124,15 @@ def tiles(rank: str, near_lse: torch.Tensor | None) -> None:
 
 
 def cache() -> None:
-    k, ring, pages = draw(2, 3, 5, 16), draw(2, 2, 12, 16), draw(2, 1, 40, 16)
+    """Pages are filled to their last row, so that one more lies outside."""
+    k, ring, pages = draw(2, 3, 5, 16), draw(2, 2, 12, 16), draw(2, 1, 25, 16)
     ops.cache_append(
         k, k, ring, ring.clone(), pages, pages.clone(), [1], 20, 4, None, k[:, :1], pages.clone()
     )
     long, start = draw(2, 3, 15, 16), torch.tensor([0, 22], device=CUDA)
+    pages = draw(2, 1, 35, 16)
     ops.cache_append(long, long, ring, ring.clone(), pages, pages.clone(), [1], 20, 4, start)
-    ops.cache_append_index(k[:, :1], pages, 20)
+    ops.cache_append_index(k[:, :1], pages, 30)
     ops.cache_unroll(ring, k, [0, 2], 20, 4)
     ops.cache_unroll(ring, k, [0, 2], 20, 4, start)
     ops.index_project(k, k, draw(2, 8, 16), draw(1, 8, 16), [0, 2], [1])

@@ -5,7 +5,7 @@ import torch
 
 import rtpurbo
 from rtpurbo.patching import state
-from tests.models.tiny import config, in_pieces, padded, tiny
+from tests.models.tiny import config, in_pieces, padded, tiny, whole
 
 # float32, and refine, go through near_lse, select and decode; 16 bits, D = 64 and r = 16 through
 # one launch.
@@ -70,3 +70,30 @@ def test_a_short_prefill_is_dense_by_default_in_16_bits(kind, cuda_device):
         selected = state(model).layers[0].last.counts is not None
         assert selected == (prefill == "sparse" and kind == "float32")
     assert kind == "float32" or torch.equal(*logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_that_need_too_many_blocks_run_dense_and_count(kind, cuda_device, monkeypatch):
+    check_fallbacks(kind, cuda_device, monkeypatch)
+
+
+def check_fallbacks(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for twelve blocks some tiles do; with room for one, all that see more."""
+    ids, mask = (tensor.to(device) for tensor in padded((1500, 1100)))
+    model = tiny(**KINDS[kind]).to(getattr(torch, kind)).to(device)
+    options = dict(index_dim=16, window=64, top_p=0.9)
+    rtpurbo.sparsify(model, config(**options, prefill="dense"))
+    dense = whole(model, ids, mask)[mask.bool()].float()
+    rtpurbo.restore(model)
+    rtpurbo.sparsify(model, config(**options, prefill="sparse"))
+    off, needed = [], None
+    for most in (4096, 12, 1):
+        monkeypatch.setattr("rtpurbo.attention.MOST_TILE_BLOCKS", most)
+        off.append((whole(model, ids, mask)[mask.bool()].float() - dense).abs().mean())
+        counts = torch.stack([context.last.counts for context in state(model).layers])
+        needed = counts[0] if needed is None else needed  # the first layer's input stays
+        falls = needed > most
+        assert falls.any() == (most < 4096)
+        assert torch.equal(counts[0], needed.masked_fill(falls, -1))
+        assert rtpurbo.stats(model)["fallbacks"] == (counts < 0).sum()
+    assert off[0] > off[1] > 10 * off[2]

@@ -329,6 +329,34 @@ def test_lists_drive_attention(cuda_device):
     torch.testing.assert_close(listed, every, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_tile_whose_list_has_no_room_runs_dense(dtype, rank, cuda_device):
+    check_fallbacks(on_cuda(draw(7, 1500, 1400, 16, dtype, "normal") | {"rank": rank}))
+
+
+def check_fallbacks(case: dict) -> None:
+    """Against lists with room for all; some tiles of each head are to fit and some are not."""
+    case |= {"window": 64, "sinks": 4, "min_blocks": 1, "start": case["start"] // 4}
+    _, full, full_mass = whole = ops.select_tiles(**case)
+    capacity = int(full.float().median())
+    indices, counts, mass = ops.select_tiles(**case, capacity=capacity)
+    falls = full > capacity
+    assert falls.any(-1).all() and not falls.all(-1).any()
+    assert torch.equal(counts, full.masked_fill(falls, -1)) and torch.equal(mass, full_mass)
+    assert torch.equal(indices, whole[0][..., :capacity].masked_fill(falls[..., None], -1))
+    q, k, v = (torch.randn(2, 3, n, 64, device=counts.device).half() for n in (1400, 1500, 1500))
+    call = q, k, v, [0, 1, 2], 64, 4, 0.125, case["start"]
+    got, listed, dense = (
+        ops.attention(*call, block_indices=lists[0], block_counts=lists[1])[0]
+        for lists in ((indices, counts), (whole[0], full), (None, None))
+    )
+    rows = falls.repeat_interleave(128, 2)[:, :, :1400]
+    assert torch.equal(got[~rows], listed[~rows])
+    torch.testing.assert_close(got[rows], dense[rows], atol=2e-3, rtol=2e-3)
+    assert (listed - dense)[rows].abs().max() > 0.05
+
+
 def test_what_cuda_does_not_take(cuda_device):
     case = on_cuda(draw(6, 1500, 1500, 16, torch.float32, "normal"))
     case |= {"window": 10, "sinks": 2, "min_blocks": 0}

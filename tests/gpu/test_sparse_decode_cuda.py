@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,22 +18,41 @@ from tests.reference.quantize_index import dequantize
 from tests.reference.select import index_logits
 from tests.reference.softmax import log_sum_exp
 
+# By the blocks of a team on an H100, which runs 264 of them: the lists of each of three sequences,
+# and from how many keys on a team uses a sieve.
+OF_TEAM = {1: (45, 32_768), 2: (44, 65_536)}
+
+
+def sifting_team(seed: int) -> int:
+    """0 where the sizes are to take no sieve."""
+    return {1: 1, 5: 2}.get(seed % 8, 0)
+
 
 def draw(seed: int, dtype: torch.dtype) -> dict:
-    """A layer with thousands of keys as a cache holds them, every third with rings."""
+    """A layer with thousands of keys as a cache holds them, every third with rings.
+
+    Every fourth is of a size that takes a sieve.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    rings, team = seed % 3 == 0, sifting_team(seed)
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 4), rng.choice([*range(1, 9), 16])
     dim, keys = rng.choice([64, 128, 256]), rng.randint(1, 9000)
+    p, beyond = rng.choice([0.3, 0.9, 0.999, 1.0]), rng.random() < 0.6
+    window, block_size = rng.choice([1, 63, 500, 1024]), rng.choice([1, 1, 16, 32, 64])
+    if team:
+        batch, kv_heads, group = 3, 3, 16
+        dim, keys = rng.choice([64, 128]), OF_TEAM[team][1] + rng.randint(0, 500)
+        p, beyond = rng.choice([0.3, 0.9, 0.999]), True
+        window, block_size = rng.choice([64, 500, 1024]), 1
     whole = list(range(kv_heads))
-    if rings := seed % 3 == 0:
+    if rings:
         kv_heads += 1
-        whole = rng.sample(range(kv_heads), rng.randint(1, kv_heads - 1))
+        whole = rng.sample(range(kv_heads), 3 if team else rng.randint(1, kv_heads - 1))
     heads = [head for head in range(kv_heads * group) if head // group in whole]
-    retrieval = sorted(rng.sample(heads, rng.randint(1, min(len(heads), 5))))
-    window, sinks = rng.choice([1, 63, 500, 1024]), rng.choice([0, 4])
-    beyond = rng.random() < 0.6
-    near_window = rng.choice([window, 64]) if not beyond else window
+    lists = OF_TEAM[team][0] if team else rng.randint(1, min(len(heads), 5))
+    retrieval = sorted(rng.sample(heads, lists))
+    sinks = rng.choice([0, 4])
     q = torch.randn(batch, 1, kv_heads * group, dim).to(dtype).transpose(1, 2)
     full = sorted({head // group for head in retrieval}) if rings else range(kv_heads)
     k, v = (torch.randn(batch, keys, len(full), dim).to(dtype).transpose(1, 2) for _ in range(2))
@@ -44,64 +64,81 @@ def draw(seed: int, dtype: torch.dtype) -> dict:
         shape = batch, kv_heads - len(full), sinks + window, dim
         local = {name: torch.randn(shape).to(dtype) for name in ("k_local", "v_local")}
         for ring in local.values():
-            for b, first in enumerate([0] * batch if start is None else start):
+            for b, first in enumerate([0] * batch if start is None else start.tolist()):
                 ring[b, :, keys - first :] = torch.nan  # slots that hold nothing yet
-    arguments = dict(
+    return dict(
         q=q,
         k=k,
         v=v,
         retrieval_heads=retrieval,
-        q_index=torch.randn(batch, len(retrieval), 1, 16).half() * rng.choice([0.3, 1, 3]),
-        k_index=torch.randn(batch, len(retrieval), keys, 16).half(),
-        index_map=list(range(len(retrieval))),
-        p=rng.choice([0.3, 0.9, 0.999, 1.0]),
+        p=p,
         window=window,
-        near_window=near_window,
+        near_window=window if beyond else rng.choice([window, 64]),
         sinks=sinks,
         min_tokens=rng.choice([0, 64, 3000]),
         scale=dim**-0.5,
-        block_size=rng.choice([1, 1, 16, 32, 64]),
-        offset=torch.randn(len(retrieval)) if beyond else None,
+        block_size=block_size,
+        offset=torch.randn(lists) if beyond else None,
         beyond_window=beyond,
         start=start,
+        **draw_index(rng, batch, lists, keys, 2 if team else lists),
         **local,
     )
-    bits = rng.choice([16, 16, 8, 4])
-    coded = rng.randint(0, keys // INDEX_BLOCK) * INDEX_BLOCK
+
+
+def draw_index(rng: random.Random, batch: int, heads: int, keys: int, shared: int) -> dict:
+    """Half of the time with logits of -inf, but for keys in codes, which hold no infinity."""
+    q_index = torch.randn(batch, heads, 1, 16).half() * rng.choice([0.3, 1, 3])
+    k_index = torch.randn(batch, shared, keys, 16).half()
+    more = {}
+    bits, coded = rng.choice([16, 16, 8, 4]), rng.randint(0, keys // INDEX_BLOCK) * INDEX_BLOCK
     if bits < 16:
-        far, tail = arguments["k_index"].split([coded, keys - coded], 2)
-        codes, ranges = ops.quantize_index(far.contiguous(), bits)
-        arguments |= dict(k_index=tail.contiguous(), codes=codes, ranges=ranges)
-    return arguments
+        far, k_index = (part.contiguous() for part in k_index.split([coded, keys - coded], 2))
+        more = dict(zip(("codes", "ranges"), ops.quantize_index(far, bits), strict=True))
+    if rng.random() < 0.5:
+        q_index[..., 0] = 1
+        lost = torch.rand(k_index.shape[:-1]) < rng.choice([0.1, 0.9, 1.0])
+        lost[..., rng.choice([lost.shape[2] // 2, lost.shape[2]]) :] = False
+        k_index[..., 0].masked_fill_(lost, -math.inf)
+    index_map = [head % shared for head in range(heads)]
+    return dict(q_index=q_index, k_index=k_index, index_map=index_map, **more)
 
 
-def on_cuda(arguments: dict) -> dict:
-    return {n: a.cuda() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
-
-
-def key_heads(arguments: dict) -> list[int]:
-    """Where each retrieval head's KV head stands in k."""
+def near_mass(arguments: dict) -> torch.Tensor:
+    """Of the true logits [B, R, 1], a head at a time: the keys of all take much memory."""
     local = arguments["k_local"].shape[1] if "k_local" in arguments else 0
     group = arguments["q"].shape[1] // (arguments["k"].shape[1] + local)
     owners = [head // group for head in arguments["retrieval_heads"]]
-    return [sorted(set(owners)).index(owner) for owner in owners] if local else owners
+    full = sorted(set(owners)) if local else list(range(arguments["k"].shape[1]))
+    names = "near_window", "sinks", "scale", "start"
+    near = [arguments[name] for name in names]
+    return torch.cat(
+        [
+            reference.near_lse(arguments["q"], arguments["k"], [head], [full.index(owner)], *near)
+            for head, owner in zip(arguments["retrieval_heads"], owners, strict=True)
+        ],
+        1,
+    )
 
 
 def scored_keys(arguments: dict) -> torch.Tensor:
-    """float64 [B, R, N, r]: what the codes and the 16-bit keys mean."""
+    """float64 [B, Rk, N, r]: what the codes and the 16-bit keys mean."""
     if "codes" not in arguments:
         return arguments["k_index"].double()
     far = dequantize(arguments["codes"], arguments["ranges"])
     return torch.cat([far.double(), arguments["k_index"].double()], 2)
 
 
-@pytest.mark.parametrize("seed", range(100))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
-    arguments = draw(seed, dtype)
-    result = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments))]
+def any_in_blocks(keys: torch.Tensor, size: int) -> torch.Tensor:
+    """bool [..., N] -> [..., ceil(N / size)]."""
+    padded = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size))
+    return padded.unflatten(-1, (-1, size)).any(-1)
+
+
+def check(arguments: dict, result: tuple) -> None:
+    """A legal selection, and attention to just that; on the device of the arguments."""
     out, lse, selected, counts, mass = result
-    keys, size = arguments["k"].shape[2], arguments["block_size"]
+    keys, size, p = arguments["k"].shape[2], arguments["block_size"], arguments["p"]
     indices = lists_of(selected, counts, keys, size)
     positions = last_positions(1, keys, out.shape[0])
     sees = visible(positions, keys, arguments["start"])[:, None]
@@ -112,12 +149,8 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     attended = close | (bits[:, :, None] & sees)
     index = arguments["q_index"], scored_keys(arguments), arguments["index_map"]
     logits = index_logits(*index, arguments["offset"])
-    heads = arguments["retrieval_heads"]
     if arguments["beyond_window"]:
-        forced = reference.near_lse(
-            arguments["q"], arguments["k"], heads, key_heads(arguments),
-            arguments["near_window"], arguments["sinks"], arguments["scale"], arguments["start"],
-        )  # fmt: skip
+        forced = near_mass(arguments)
     else:
         forced = log_sum_exp(logits, close.expand_as(logits))
     far = (sees & ~close).expand_as(logits)
@@ -125,35 +158,47 @@ def test_a_step_selects_enough_and_attends_to_it(seed, dtype):
     total = torch.logaddexp(forced, log_sum_exp(logits, far))
     share = torch.where(total > -torch.inf, (chosen - total).exp(), 1.0)
     torch.testing.assert_close(mass.double(), share, atol=1e-4, rtol=0)
-    assert (share >= arguments["p"] - 1e-4).all()
+    assert (share >= p - 1e-4).all()
+    candidates = any_in_blocks(far & (logits > -torch.inf), size)
+    assert not (any_in_blocks(bits[:, :, None], size) & ~candidates).any()
+    floor = keys if p == 1 else -(-arguments["min_tokens"] // size)
+    assert (counts >= candidates.sum(-1).clamp(max=floor)).all()
     low = torch.where(far & attended, logits, torch.inf).amin(-1)
     high = torch.where(far & ~attended, logits, -torch.inf).amax(-1)
     if size == 1:
         assert (low >= high - 1e-4).all()
         spare = share - (low - total).exp()  # without the last member
-        floor = min(arguments["min_tokens"], keys)
-        assert ((counts <= floor) | (spare < arguments["p"] + 1e-4)).all()
+        assert ((counts <= floor) | (spare < p + 1e-4)).all()
 
     names = ("window", "near_window", "sinks", "scale", "block_size", "start", "retrieval_heads")
     more = {name: arguments[name] for name in names} | dict(indices=indices, counts=counts)
     more |= {name: arguments.get(name) for name in ("k_local", "v_local")}
     tensors = [arguments[name] for name in "qkv"]
     exact, exact_lse = reference.decode(*tensors, **more)
-    lower, _ = reference.decode(*tensors, **more, compute=dtype)
+    lower, _ = reference.decode(*tensors, **more, compute=out.dtype)
     allowed = 2 * (lower.double() - exact).abs().max() + 1e-5
     assert (out.double() - exact).abs().max() <= allowed
     torch.testing.assert_close(lse.double(), exact_lse, atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_selects_enough_and_attends_to_it(seed, dtype, cuda_device):
+    with cuda_device:
+        arguments = draw(seed, dtype)
+        check(arguments, ops.sparse_decode(**arguments))
+
+
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_keys_and_values_that_nothing_attends_to_are_never_read(seed, dtype):
-    arguments = draw(1000 + seed, dtype)
-    expected = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments))]
-    unread = ~keys_read(selected=expected[2], **arguments)[..., None]
-    poisoned = {name: arguments[name].masked_fill(unread, torch.nan) for name in "kv"}
-    got = [t.cpu() for t in ops.sparse_decode(**on_cuda(arguments | poisoned))]
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+def test_keys_and_values_that_nothing_attends_to_are_never_read(seed, dtype, cuda_device):
+    with cuda_device:
+        arguments = draw(1000 + seed, dtype)
+        expected = ops.sparse_decode(**arguments)
+        unread = ~keys_read(selected=expected[2], **arguments)[..., None]
+        poisoned = {name: arguments[name].masked_fill(unread, torch.nan) for name in "kv"}
+        got = ops.sparse_decode(**arguments | poisoned)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 def long_step(batch, keys, bits, device, scores="flat"):
@@ -265,6 +310,13 @@ def test_a_nan_among_sifted_keys_selects_all_of_its_head(cuda_device):
         assert torch.equal(one[:, others], other[:, others])
 
 
+def kernels_of(step: Callable[[], object]) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(64, "bfloat16"), (128, "float16"), (256, "bfloat16")])
 def test_a_step_is_one_launch(dim, dtype, cuda_device):
     draw_on = dict(device=cuda_device, dtype=getattr(torch, dtype))
@@ -274,11 +326,19 @@ def test_a_step_is_one_launch(dim, dtype, cuda_device):
     def step():
         ops.sparse_decode(q, k, v, [3], *index, [0], 0.9, 100, 100, 4, 64, dim**-0.5)
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = kernels_of(step)
     assert len(kernels) == 1 and "sparse_decode_kernel" in kernels[0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drawn_sizes_take_a_sieve_where_they_should(seed, cuda_device):
+    if torch.cuda.get_device_properties(cuda_device).multi_processor_count > 134:
+        pytest.skip("teams are larger on so many multiprocessors")
+    with cuda_device:
+        arguments = draw(seed, torch.bfloat16)
+        kernels = kernels_of(lambda: ops.sparse_decode(**arguments))
+    sieves = ["true>" in name for name in kernels if "sparse_decode_kernel" in name]
+    assert sieves == [sifting_team(seed) > 0]
 
 
 @pytest.mark.usefixtures("memory_is_given_back")
