@@ -9,6 +9,7 @@
 
 Retrieval heads see every key in prefill, or with `prefill="sparse"` the blocks of `select_tiles`;
 what a short input is says `short_inputs`.
+Appending to a cache with tokens projects index queries and keys, too: `cache_append_projected`.
 Rows score the keys of their window in 16 bits: the cache quantises at the end of a forward
 (`settle`).
 """
@@ -140,7 +141,7 @@ def _whole(
 ) -> Tensor:
     """A sequence without cached tokens: prefill and training."""
     config = context.state.config
-    q_index, k_index = _project(context, needed=context.cache is not None)
+    q_index, k_index = _project(context)
     keys = None if k_index is None else IndexKeys(k_index)
     lists = _tiles(context, q, k, context.owners, q_index, keys, start, scale)
     out, _ = ops.attention(
@@ -159,9 +160,8 @@ def _chunk(
 ) -> Tensor:
     """Further rows of a sequence whose beginning is cached."""
     config = context.state.config
-    q_index, k_index = _project(context, needed=True)
     k_local, v_local, start_local = cache.unroll(k, v)
-    cache.append(k, v, k_index, cache.start)
+    q_index = _append(context, cache, k, v)
     k_pages, v_pages = cache.pages()
     keys = cache.index_keys() if context.heads else None
     lists = _tiles(context, q, k_pages, context.page_heads, q_index, keys, cache.start, scale)
@@ -180,8 +180,7 @@ def _decode(
 ) -> Tensor:
     """One new token a sequence."""
     config, heads, start = context.state.config, context.heads, cache.start
-    q_index, k_index = _project(context, needed=True)
-    cache.append(k, v, k_index, start)
+    q_index = _append(context, cache, k, v)
     k_pages, v_pages = cache.pages()
     last = LastForward(1, cache.length, q.shape[0], start, scale, q=q)
     window = cache.layout.ring_capacity - config.sinks
@@ -220,9 +219,21 @@ def _decode(
     return out
 
 
-def _project(context: LayerContext, needed: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Index queries [B, R, M, r] and index keys [B, Rk, M, r] of the new tokens, where used."""
-    if not context.heads or not (needed or context.state.config.prefill == "sparse"):
+def _append(context: LayerContext, cache: HeadwiseLayer, k: Tensor, v: Tensor) -> Tensor | None:
+    """Caches further tokens; where heads retrieve with index keys, and returns index queries."""
+    if not context.heads:
+        cache.append(k, v, None, cache.start)
+        return None
+    q_pre, k_pre = context.q_pre, context.k_pre
+    assert q_pre is not None and k_pre is not None
+    index = context.index.to(k.device)
+    return cache.append_projected(k, v, q_pre, k_pre, index, cache.start)
+
+
+def _project(context: LayerContext) -> tuple[Tensor | None, Tensor | None]:
+    """Index queries [B, R, M, r] and index keys [B, Rk, M, r] of a whole sequence, where used."""
+    used = context.cache is not None or context.state.config.prefill == "sparse"
+    if not context.heads or not used:
         return None, None
     q, k = context.q_pre, context.k_pre
     assert q is not None and k is not None

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from rtpurbo import ops
 from rtpurbo._C import HeadwiseLayout
+from rtpurbo.index import LayerIndex
 from rtpurbo.ops.quantize_index import INDEX_BLOCK
 
 INDEX_DTYPE = torch.float16
@@ -99,15 +100,7 @@ class HeadwiseLayer(CacheLayerMixin):
 
         `settle` must follow once they are attended.
         """
-        if k_index is not None and self.index_bits < 16 and "index_codes" not in self.tensors:
-            # No codes yet, but their shapes and types.
-            nothing = ops.quantize_index(k_index[:, :, :0], self.index_bits)
-            self.tensors["index_codes"], self.tensors["index_ranges"] = nothing
-        if self.length == 0:
-            self.start = start
-        if self.layout.reserve(k.shape[2]):
-            self._grow(k, k_index)
-        index_pages, index_slot = self._index_room(k_index)
+        index_pages, index_slot = self._room(k, k_index, start)
         ops.cache_append(
             k, v, self.k_ring, self.v_ring, self.k_pages, self.v_pages,
             self.layout.full_heads, self.length, self.sinks, self.start,
@@ -115,20 +108,53 @@ class HeadwiseLayer(CacheLayerMixin):
         )  # fmt: skip
         self.layout.advance(k.shape[2])
 
+    def append_projected(
+        self, k: Tensor, v: Tensor, q_pre: Tensor, k_pre: Tensor, index: LayerIndex,
+        start: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """`append` with the index keys of k_pre [B, Hk, M, D]; returns the index queries.
+
+        These are [B, R, M, r], of q_pre [B, Hq, M, D]. `index` is on k's device.
+        """
+        heads, dim, _ = index.w_k.shape
+        like = k.new_empty(k.shape[0], heads, 0, dim, dtype=INDEX_DTYPE)
+        index_pages, index_slot = self._room(k, like, start)
+        assert index_pages is not None
+        q_index = ops.cache_append_projected(
+            k, v, self.k_ring, self.v_ring, self.k_pages, self.v_pages,
+            self.layout.full_heads, self.length, self.sinks, q_pre, k_pre,
+            index.w_q, index.w_k, index.heads, index.kv_heads, index_pages, self.start, index_slot,
+        )  # fmt: skip
+        self.layout.advance(k.shape[2])
+        return q_index
+
     @property
     def _keeps_pages(self) -> bool:
         """Whether index keys of all tokens are kept in 16 bits."""
         return self.index_bits == 16 or self.refine
 
-    def _index_room(self, k_index: Tensor | None) -> tuple[Tensor | None, int]:
-        """Where new index keys go, and their slot there."""
-        if k_index is None:
+    def _room(
+        self, k: Tensor, like: Tensor | None, start: Tensor | None
+    ) -> tuple[Tensor | None, int]:
+        """Makes room for the tokens of k; where their index keys go, and their slot there.
+
+        `like` has the dtype of the index keys and, but for the tokens, their shape.
+        """
+        if like is not None and self.index_bits < 16 and "index_codes" not in self.tensors:
+            # No codes yet, but their shapes and types.
+            nothing = ops.quantize_index(like[:, :, :0], self.index_bits)
+            self.tensors["index_codes"], self.tensors["index_ranges"] = nothing
+        if self.length == 0:
+            self.start = start
+        if self.layout.reserve(k.shape[2]):
+            self._grow(k, like)
+        if like is None:
             return None, -1
         if self._keeps_pages:
             return self.index_pages, self.length
         slot = self.length - self.layout.coded
-        room = max(self.layout.tail_capacity, slot + k_index.shape[2])
-        self._resize("index_tail", k_index, k_index.shape[1], room)
+        room = max(self.layout.tail_capacity, slot + k.shape[2])
+        self._resize("index_tail", like, like.shape[1], room)
         return self.index_tail, slot
 
     def settle(self) -> None:
@@ -182,7 +208,7 @@ class HeadwiseLayer(CacheLayerMixin):
         """The index keys of all tokens in 16 bits, [B, Rk, N, r]; with 16 bits or refine."""
         return self.index_pages[:, :, : self.length]
 
-    def _grow(self, k: Tensor, k_index: Tensor | None) -> None:
+    def _grow(self, k: Tensor, like: Tensor | None) -> None:
         layout = self.layout
         shapes = {
             "k_pages": (len(layout.full_heads), layout.page_capacity),
@@ -191,8 +217,8 @@ class HeadwiseLayer(CacheLayerMixin):
         shapes["v_pages"], shapes["v_ring"] = shapes["k_pages"], shapes["k_ring"]
         for name, (heads, capacity) in shapes.items():
             self._resize(name, k, heads, capacity)
-        if k_index is not None and self._keeps_pages:
-            self._resize("index_pages", k_index, k_index.shape[1], layout.page_capacity)
+        if like is not None and self._keeps_pages:
+            self._resize("index_pages", like, like.shape[1], layout.page_capacity)
         self.is_initialized = True
         self.device = k.device
 

@@ -295,17 +295,31 @@ def cache_samples(dtype: torch.dtype) -> list[Sample]:
     )
     with_index = {**append, "k_index": numbers(2, 3, 5, 4, dtype=dtype), "index_slot": 7}
     with_index["index_pages"] = numbers(2, 3, 64, 4, dtype=dtype)
+    projected = append | dict(
+        q_pre=numbers(2, 6, 5, 24, dtype=dtype),
+        k_pre=numbers(2, 3, 5, 24, dtype=dtype),
+        w_q=numbers(3, 4, 24, dtype=dtype),
+        w_k=numbers(2, 4, 24, dtype=dtype),
+        q_heads=[1, 2, 5],
+        k_heads=[2, 0],
+        index_pages=numbers(2, 2, 64, 4, dtype=dtype),
+        index_slot=7,
+    )
+    half = {"index_slot": -1, "index_pages": projected["index_pages"].half()}
     stored = ("k_ring", "v_ring", "k_pages", "v_pages")
+    with_pages = (*stored, "index_pages")
     return [
         Sample("cache_append", "basic", append, written=stored),
-        Sample("cache_append", "index", with_index, written=(*stored, "index_pages")),
+        Sample("cache_append", "index", with_index, written=with_pages),
         Sample(
             "cache_append",
             "index at position",
             {**with_index, "index_slot": -1},
-            written=(*stored, "index_pages"),
+            written=with_pages,
         ),
         Sample("cache_append_index", "basic", index, written=("index_pages",)),
+        Sample("cache_append_projected", "basic", projected, written=with_pages),
+        Sample("cache_append_projected", "half", projected | half, written=with_pages),
         Sample("cache_unroll", "basic", unroll),
     ]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import append_cuda
 from benchmarks import decode_stages_cuda as bench
 from benchmarks.decode_layer import RETRIEVAL, ROW, SINKS, WINDOW, Step
 
@@ -102,3 +103,18 @@ def test_a_goal_is_that_of_its_case(monkeypatch):
     monkeypatch.setattr(bench, "GOALS", {("scan", 4, KEYS): 5e-6, ("scan", 16, KEYS): 9e-6})
     cases = bench.cases_at(KEYS, 4, list(bench.parameters_at(KEYS, 4)), "cpu")
     assert [case.goal_seconds for case in cases] == [5e-6, None, None]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_one_launch_stores_what_two_do(rows):
+    layer = append_cuda.Append(2, rows, "cpu")
+    stored = [*layer.stores[2:6], layer.index_pages]
+    before = [tensor.clone() for tensor in stored]
+    results = []
+    for run in (layer.together, layer.apart):
+        for tensor, old in zip(stored, before, strict=True):
+            tensor.copy_(old)
+        results.append([run(), *(tensor.clone() for tensor in stored)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert not any(torch.equal(*pair) for pair in zip(before, stored, strict=True))

@@ -141,8 +141,25 @@ def cache() -> None:
     )
 
 
+def append_projected(rows: int, dim: int, pre: torch.dtype) -> None:
+    """Up to 16 rows are one launch, where 19 dimensions are copied by the byte."""
+    k, ring, pages = (
+        draw(2, heads, slots, dim, dtype=torch.bfloat16)
+        for heads, slots in ((3, rows), (2, 12), (1, 120))
+    )
+    q_index = ops.cache_append_projected(
+        k, k, ring, ring.clone(), pages, pages.clone(), [1], 20, 4,
+        draw(2, 6, rows, 24, dtype=pre), draw(2, 3, rows, 24, dtype=pre), draw(2, 5, 24),
+        draw(1, 5, 24), [0, 4], [1], torch.empty(2, 1, 120, 5, device=CUDA, dtype=torch.float16),
+        torch.tensor([0, 22], device=CUDA), 7,
+    )  # fmt: skip
+    q_index.sum().item()
+
+
 top_p()
 cache()
+for rows, dim, pre in ((1, 64, torch.bfloat16), (5, 19, torch.float32), (40, 64, torch.float16)):
+    append_projected(rows, dim, pre)
 for rank in ("sum", "max"):
     tiles(rank, None)
     tiles(rank, draw(2, 3, 300))

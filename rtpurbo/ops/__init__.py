@@ -2,6 +2,7 @@
 
 from rtpurbo.ops.attention import attention
 from rtpurbo.ops.cache import cache_append, cache_append_index, cache_unroll
+from rtpurbo.ops.cache_append_projected import cache_append_projected
 from rtpurbo.ops.decode import decode
 from rtpurbo.ops.index_kl import index_kl
 from rtpurbo.ops.index_project import index_project
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "cache_append",
     "cache_append_index",
+    "cache_append_projected",
     "cache_unroll",
     "decode",
     "index_kl",

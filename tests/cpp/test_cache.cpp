@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "csrc/ops/cache.h"
+#include "csrc/ops/cache_append_projected.h"
 
 namespace {
 
@@ -49,6 +50,30 @@ TEST_CASE("a short cache unrolls right-aligned behind zeros", "[cache]") {
   const auto [keys, start_local] = rtpurbo::cache_unroll(ring, tokens(5, 1), {0, 1}, 5, 1, start);
   CHECK(first_column(keys).equal(at::tensor({0.0F, 0.0F, 2.0F, 3.0F, 4.0F, 5.0F})));
   CHECK(start_local.item<int64_t>() == 2);
+}
+
+TEST_CASE("index keys are projected into their slots, index queries returned", "[cache]") {
+  at::Tensor ring = at::full({1, 1, 5, 8}, NAN);
+  at::Tensor other_ring = ring.clone();
+  at::Tensor pages = at::full({1, 1, 12, 8}, NAN);
+  at::Tensor other_pages = pages.clone();
+  at::Tensor index_pages = at::full({1, 1, 12, 3}, NAN, at::kHalf);
+  const at::Tensor k = tokens(4, 2);
+  const at::Tensor q_pre = at::randn({1, 4, 2, 16});
+  const at::Tensor k_pre = at::randn({1, 2, 2, 16});
+  const at::Tensor w_q = at::randn({2, 3, 16});
+  const at::Tensor w_k = at::randn({1, 3, 16});
+  const at::Tensor q_index =
+      rtpurbo::cache_append_projected(k, k, ring, other_ring, pages, other_pages, {1}, 4, 2, q_pre,
+                                      k_pre, w_q, w_k, {3, 0}, {1}, index_pages, std::nullopt, 7);
+  const auto product = [](const at::Tensor& x, const at::Tensor& w) {
+    return x.matmul(w.t()).to(at::kHalf);
+  };
+  CHECK(at::allclose(q_index[0][0], product(q_pre[0][3], w_q[0]), 1e-2, 1e-2));
+  CHECK(at::allclose(index_pages[0][0].slice(0, 7, 9), product(k_pre[0][1], w_k[0]), 1e-2, 1e-2));
+  CHECK(index_pages.isnan().sum().item<int64_t>() == 10 * 3);
+  CHECK(first_column(pages).slice(0, 4, 6).equal(at::tensor({104.0F, 105.0F})));
+  CHECK(first_column(ring).slice(0, 4, 5).equal(at::tensor({4.0F})));
 }
 
 TEST_CASE("full pages are refused before anything is written", "[cache]") {

@@ -77,11 +77,20 @@ def prefill_index_samples(start: Tensor) -> list[Sample]:
     w = halves(3, 16, 64)
     projected = dict(q=halves(2, 6, 90, 64), w_q=w, q_heads=[1, 2, 5])
     projected |= dict(k=halves(2, 2, 90, 64), w_k=w[:2], k_heads=[0, 1])
+    pages = [halves(2, 1, 200, 64) for _ in range(4)]
+    appended = dict(zip(("k_ring", "v_ring", "k_pages", "v_pages"), pages, strict=True))
+    appended |= {"index_pages": halves(2, 2, 200, 16)}
+    append = dict(
+        k=halves(2, 2, 90, 64), v=-halves(2, 2, 90, 64), full_heads=[1], position=70, sinks=4,
+        q_pre=projected["q"], k_pre=projected["k"], start=start,
+        **{name: projected[name] for name in ("w_q", "w_k", "q_heads", "k_heads")},
+    )  # fmt: skip
     return [
         Sample("select_tiles", "sum", base | near),
         Sample("select_tiles", "full", base),
         Sample("select_tiles", "maxima", base | near | {"rank": "max"}),
         Sample("index_project", "many_rows", projected),
+        Sample("cache_append_projected", "many_rows", append | appended, written=tuple(appended)),
     ]
 
 

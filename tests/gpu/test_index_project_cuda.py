@@ -7,24 +7,13 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
-from tests.gpu.views import to_cuda
+from tests.gpu.views import draw_features, to_cuda
 from tests.properties import DTYPES
 from tests.samples import index_project_samples, numbers
 
 ROWS = [1, 1, 2, 15, 16, 17, 127, 128, 129, 300]
 DIMS = [1, 3, 8, 16, 64, 72, 128, 130, 256]
 INDEX_DIMS = [1, 4, 15, 16, 17, 20, 33]
-
-
-def draw_features(rng, generator, batch, heads, rows, dim, dtype):
-    """[B, H, M, D]: contiguous, as Hugging Face lays it out, or cut out of something larger."""
-    layout = rng.choice(["plain", "transposed", "cut"])
-    if layout == "plain":
-        return torch.randn(batch, heads, rows, dim, generator=generator).to(dtype)
-    if layout == "transposed":
-        return torch.randn(batch, rows, heads, dim, generator=generator).to(dtype).transpose(1, 2)
-    wide = torch.randn(batch, heads + 1, rows + 2, dim + 5, generator=generator).to(dtype)
-    return wide[:, 1:, 1 : rows + 1, 3 : dim + 3]
 
 
 def draw_arguments(seed):

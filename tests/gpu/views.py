@@ -8,3 +8,14 @@ def to_cuda(view: Tensor) -> Tensor:
     """The same view of a copy of its storage on the device."""
     storage = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
     return storage.cuda().as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+def draw_features(rng, generator, batch, heads, rows, dim, dtype):
+    """[B, H, M, D]: contiguous, as Hugging Face lays it out, or cut out of something larger."""
+    layout = rng.choice(["plain", "transposed", "cut"])
+    if layout == "plain":
+        return torch.randn(batch, heads, rows, dim, generator=generator).to(dtype)
+    if layout == "transposed":
+        return torch.randn(batch, rows, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+    wide = torch.randn(batch, heads + 1, rows + 2, dim + 5, generator=generator).to(dtype)
+    return wide[:, 1:, 1 : rows + 1, 3 : dim + 3]

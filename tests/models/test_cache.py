@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from rtpurbo._C import HeadwiseLayout
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import rtpurbo
 from tests.models.tiny import (
     DIM,
     LAYERS,
+    MIXED,
     cache_name,
     cache_of,
     config,
@@ -98,6 +100,31 @@ def test_growth_keeps_the_slack_small():
     layer = cache_of(step).layers[0]
     assert layer.length == 4097
     assert layer.k_pages.shape[2] <= 4097 * 1.016 + 64
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators of rtpurbo that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rtpurbo":
+            self.names.append(func._schema.name.removeprefix("rtpurbo::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_is_two_operators_a_layer():
+    """Layer 0 has no retrieval head."""
+    roles = MIXED.clone()
+    roles[0] = False
+    model = rtpurbo.sparsify(tiny(), config(roles, window=8))
+    with torch.no_grad():
+        cache = cache_of(model(tokens(30)))
+        with Recorder() as recorder:
+            model(tokens(1), **{cache_name(model): cache})
+    assert recorder.names == ["cache_append", "decode", "cache_append_projected", "sparse_decode"]
 
 
 def test_an_empty_dynamic_cache_becomes_the_cache_in_place():

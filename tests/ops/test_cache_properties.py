@@ -60,6 +60,42 @@ def test_append_and_unroll_equal_the_reference(history):
             torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
 
 
+@given(
+    history=histories(),
+    heads=st.tuples(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 4)),
+    dims=st.sampled_from([(8, 4), (24, 16), (5, 3), (16, 1)]),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float64])] * 3),
+    ahead=st.integers(0, 9),
+)
+def test_append_projected_is_project_and_append(history, heads, dims, dtypes, ahead):
+    """Bit for bit; `ahead` is how far index slots are from positions."""
+    start, batch, sinks = start_of(history), history["batch"], history["sinks"]
+    full, (dim, index_dim), (of_features, of_weights, of_index) = history["full"], dims, dtypes
+    q_heads, k_heads = heads[0], [i * 3 % history["heads"] for i in range(heads[1])]
+    w_q, w_k = (torch.randn(len(h), index_dim, dim).to(of_weights) for h in (q_heads, k_heads))
+    room = sum(history["chunks"]) + ahead + 2
+    pages = torch.full((batch, len(k_heads), room, index_dim), torch.nan, dtype=of_index)
+    kept, expected = [*stores(history), pages], [*stores(history), pages.clone()]
+    position = 0
+    for chunk in history["chunks"]:
+        k, v = torch.randn(2, batch, history["heads"], chunk, 8).to(history["dtype"])
+        q_pre, k_pre = (
+            torch.randn(batch, count, chunk, dim).to(of_features) for count in (6, history["heads"])
+        )
+        slot = position + ahead if ahead else -1
+        pre = (q_pre, k_pre, w_q, w_k, q_heads, k_heads)
+        q_index = ops.cache_append_projected(
+            k, v, *kept[:4], full, position, sinks, *pre, kept[4], start, slot
+        )
+        expected_q, k_index = ops.index_project(*pre, of_index)
+        ops.cache_append(
+            k, v, *expected[:4], full, position, sinks, start, k_index, expected[4], slot
+        )
+        for got, want in zip((q_index, *kept), (expected_q, *expected), strict=True):
+            torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
+        position += chunk
+
+
 @given(history=histories())
 def test_chunks_and_decode_over_the_cache_equal_one_pass(history):
     """Chunked prefill through unrolled rings, then the last token through the rings themselves."""

@@ -6,7 +6,12 @@ compute in a low precision when `compute` names one, to show what error that pre
 """
 
 from tests.reference.attention import attention
-from tests.reference.cache import cache_append, cache_append_index, cache_unroll
+from tests.reference.cache import (
+    cache_append,
+    cache_append_index,
+    cache_append_projected,
+    cache_unroll,
+)
 from tests.reference.decode import decode
 from tests.reference.index_kl import index_kl
 from tests.reference.index_project import index_project
@@ -22,6 +27,7 @@ __all__ = [
     "attention",
     "cache_append",
     "cache_append_index",
+    "cache_append_projected",
     "cache_unroll",
     "decode",
     "index_kl",

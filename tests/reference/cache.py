@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tests.reference.index_project import index_project
 from tests.reference.masks import starts
 
 
@@ -42,6 +43,34 @@ def cache_append(
 
 def cache_append_index(k_index: Tensor, index_pages: Tensor, position: int) -> None:
     index_pages[:, :, position : position + k_index.shape[2]] = k_index
+
+
+def cache_append_projected(
+    k: Tensor,
+    v: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    full_heads: Sequence[int],
+    position: int,
+    sinks: int,
+    q_pre: Tensor,
+    k_pre: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    q_heads: Sequence[int],
+    k_heads: Sequence[int],
+    index_pages: Tensor,
+    start: Tensor | None = None,
+    index_slot: int = -1,
+) -> Tensor:
+    q_index, k_index = index_project(q_pre, k_pre, w_q, w_k, q_heads, k_heads)
+    cache_append(
+        k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start,
+        k_index, index_pages, index_slot,
+    )  # fmt: skip
+    return q_index
 
 
 def cache_unroll(

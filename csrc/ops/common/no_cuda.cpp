@@ -29,10 +29,10 @@ TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&train_on_the_cpu>());
   }
 #else
-  for (const char* op :
-       {"attention", "attention_backward", "cache_append", "cache_append_index", "cache_unroll",
-        "decode", "index_kl", "index_project", "index_project_backward", "near_lse",
-        "quantize_index", "retrieval_scores", "select", "select_tiles", "sparse_decode", "top_p"}) {
+  for (const char* op : {"attention", "attention_backward", "cache_append", "cache_append_index",
+                         "cache_append_projected", "cache_unroll", "decode", "index_kl",
+                         "index_project", "index_project_backward", "near_lse", "quantize_index",
+                         "retrieval_scores", "select", "select_tiles", "sparse_decode", "top_p"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&rebuild>());
   }
 #endif
