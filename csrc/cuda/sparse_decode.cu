@@ -176,12 +176,10 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
   }
   __syncthreads();
   const bool alone = merges_alone(merge_items, gridDim.x, d.splits + team.size);
-  const uint32_t merger = alone ? blockIdx.x * kSelectWarps + threadIdx.x / 32 : blockIdx.x;
-  const uint32_t mergers = alone ? gridDim.x * kSelectWarps : gridDim.x;
-  for (uint32_t item = merger; item < merge_items; item += mergers) {
-    const uint32_t head_number = item / kColumnRuns, heads = static_cast<uint32_t>(d.heads);
-    const int64_t batch = head_number / heads;
-    const int head = static_cast<int>(head_number - static_cast<uint32_t>(batch) * heads);
+  const uint32_t mergers = alone ? gridDim.x * kMergeWarps : gridDim.x;
+  for (uint32_t i = merger_number(alone); i < merge_items; i += mergers) {
+    const MergeItem item(i, static_cast<uint32_t>(d.heads), kColumnRuns);
+    const int64_t batch = item.batch, head = item.head;
     const int list = sets.list_of_head[head];
     Parts parts{.dim = kDim};
     parts.first = run_of_slot(d, w.near, batch, near_slot(d, head));
@@ -189,9 +187,8 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
       const int64_t place = (batch * p.select.heads + list) * team.size;
       parts.second = {w.listed.sums + place * kDim, w.listed.stats + place, 1, team.size};
     }
-    merge_columns(parts, alone, item % kColumnRuns * kMergeColumns,
-                  head_rows<T>(d.out, batch, head), d.lse_ptr + batch * d.heads + head,
-                  shared.merge);
+    merge_columns(parts, alone, item.first_column, head_rows<T>(d.out, batch, head),
+                  d.lse_ptr + batch * d.heads + head, shared.merge);
   }
 }
 

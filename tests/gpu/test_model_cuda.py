@@ -81,7 +81,7 @@ def check_fallbacks(kind: str, device: torch.device, monkeypatch: pytest.MonkeyP
     """With room for twelve blocks some tiles do; with room for one, all that see more."""
     ids, mask = (tensor.to(device) for tensor in padded((1500, 1100)))
     model = tiny(**KINDS[kind]).to(getattr(torch, kind)).to(device)
-    options = dict(index_dim=16, window=64, top_p=0.9)
+    options = dict(index_dim=16, window=64, top_p=0.9, select_from=0)
     rtpurbo.sparsify(model, config(**options, prefill="dense"))
     dense = whole(model, ids, mask)[mask.bool()].float()
     rtpurbo.restore(model)

@@ -133,26 +133,40 @@ __device__ __host__ inline bool merges_alone(int64_t items, int blocks, int64_t 
   return items > 2 * blocks && parts <= kFewParts;
 }
 
-/// Columns of a head's output that one warp, or block, merges: item i of [B, Hq, runs].
+/// Of the warps that merge alone, or of the blocks.
+__device__ __forceinline__ uint32_t merger_number(bool alone) {
+  return alone ? blockIdx.x * kMergeWarps + threadIdx.x / 32 : blockIdx.x;
+}
+
+/// Columns of a head's output that one of them merges: item i of [B, Hq, runs]. 32-bit divisions,
+/// which the items of one launch fit.
+struct MergeItem {
+  uint32_t batch, head, first_column;
+
+  __device__ __forceinline__ MergeItem(uint32_t i, uint32_t heads, uint32_t runs) {
+    const uint32_t head_number = i / runs;
+    batch = head_number / heads;
+    head = head_number - batch * heads;
+    first_column = (i - head_number * runs) * kMergeColumns;
+  }
+};
+
 template <typename T>
 __global__ __launch_bounds__(kMergeThreads) void merge_kernel(
     const __grid_constant__ DecodeParams p, Partials partials, bool alone) {
   __shared__ MergeShared shared;
   ptx::await_previous_kernel();
-  // 32-bit divisions, which the items of one launch fit.
   const auto runs = static_cast<uint32_t>((p.dim + kMergeColumns - 1) / kMergeColumns);
-  const auto heads = static_cast<uint32_t>(p.heads);
-  const uint32_t item = alone ? blockIdx.x * kMergeWarps + threadIdx.x / 32 : blockIdx.x;
-  const uint32_t head_number = item / runs, batch = head_number / heads;
+  const MergeItem item(merger_number(alone), static_cast<uint32_t>(p.heads), runs);
+  const int64_t batch = item.batch, head = item.head;
   if (batch >= p.batch) return;
-  const uint32_t head = head_number - batch * heads;
   Parts parts{.dim = p.dim};
   parts.first = run_of_slot(p, partials, batch, p.head_slots[head][0]);
   if (p.head_slots[head][1] >= 0) {
     parts.second = run_of_slot(p, partials, batch, p.head_slots[head][1]);
   }
-  merge_columns(parts, alone, static_cast<int64_t>(item - head_number * runs) * kMergeColumns,
-                head_rows<T>(p.out, batch, head), p.lse_ptr + batch * p.heads + head, shared);
+  merge_columns(parts, alone, item.first_column, head_rows<T>(p.out, batch, head),
+                p.lse_ptr + batch * p.heads + head, shared);
 }
 
 }  // namespace rtpurbo::cuda
