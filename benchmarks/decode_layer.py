@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtpurbo import ops
 from rtpurbo.ops.quantize_index import INDEX_BLOCK
-from rtpurbo.short_inputs import fewest_to_select_from
+from rtpurbo.short_inputs.decode import fewest_to_select_from
 
 HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
 ROW = 2 * DIM * 2  # bytes of a key and its value

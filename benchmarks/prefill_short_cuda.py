@@ -22,7 +22,7 @@ from benchmarks.prefill_layer import INDEX_DIM, SINKS, Prefill
 from benchmarks.prefill_shape import WIDE, Shape
 from benchmarks.random_lists import draw_batch
 from benchmarks.registry import Case, Run, Wanted, benchmark
-from rtpurbo.short_inputs import LISTED_SHARE, seconds_spared
+from rtpurbo.short_inputs.prefill import LISTED_SHARE, PrefillPass, seconds_spared
 
 FEW, RECENT = 1024, 64
 LENGTHS = [2**i * 1024 for i in range(1, 7)]
@@ -69,13 +69,17 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], baselines: dict[str, R
         "listed retrieval heads": partial(prefill.sparse, window, lists, recent),
     }
     spared = seconds_spared(
-        len(prefill.lengths) * len(heads),
-        prefill.rows,
-        prefill.keys,
-        near + SINKS,
-        prefill.layer.dim,
-        INDEX_DIM,
-        beyond_window=recent is None,
+        PrefillPass(
+            lengths=prefill.lengths,
+            rows=prefill.rows,
+            heads=len(heads),
+            local_heads=prefill.layer.heads - len(heads),
+            near=near + SINKS,
+            window=window + SINKS,
+            dim=prefill.layer.dim,
+            index_dim=INDEX_DIM,
+            beyond_window=recent is None,
+        )
     )
     selects = spared > 0
     return Case(

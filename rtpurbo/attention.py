@@ -265,7 +265,7 @@ def _tiles(
     """What retrieval heads see in prefill: block lists, or nothing where they run dense."""
     config = context.state.config
     last = context.last = LastForward(q.shape[2], k.shape[2], q.shape[0], start, scale)
-    if q_index is not None and keys is not None and prefill_selects(context, q, last.keys):
+    if q_index is not None and keys is not None and prefill_selects(context, q, last.keys, start):
         index, q, k = context.index, q.detach(), k.detach()
         last.indices, last.counts, last.mass = ops.select_tiles(
             q_index, keys.keys, index.index_map, index.threshold, config.near_window, config.sinks,

@@ -167,6 +167,15 @@ class SparseState:
     handles: list[Any] = field(default_factory=list)
     observer: Observer | None = None
     active: bool = True
+    _first_keys: tuple[Tensor, list[int]] | None = None
+
+    def first_keys(self, start: Tensor | None, batch: int) -> list[int]:
+        """start, int64 [B], on the host; read once for all layers of a forward, which share it."""
+        if start is None:
+            return [0] * batch
+        if self._first_keys is None or self._first_keys[0] is not start:
+            self._first_keys = start, start.tolist()
+        return self._first_keys[1]
 
 
 def state(model: Any) -> SparseState:

@@ -16,6 +16,7 @@ from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.prefill_layer import SINKS, Prefill
 from benchmarks.random_lists import ListPlan
 from rtpurbo import ops
+from rtpurbo.short_inputs.prefill import PrefillPass
 
 LAYER = Layer(4, 2, 16, (1, 2))
 
@@ -109,25 +110,29 @@ def test_every_goal_has_its_case():
 
 
 @pytest.mark.parametrize(
-    "index, lengths, rows, of",
+    "index, lengths, rows, near",
     [
-        ("beyond_window", [1024], 1024, (2, 1024, 1024, 256 + SINKS)),
-        ("beyond_window", [1024, 256], 1024, (4, 1024, 1024, 256 + SINKS)),
-        ("full", [1024] * 3, 128, (6, 128, 1024, prefill_short_cuda.RECENT + SINKS)),
+        ("beyond_window", [1024], 1024, 256),
+        ("beyond_window", [1024, 256], 1024, 256),
+        ("full", [1024] * 3, 128, prefill_short_cuda.RECENT),
     ],
 )
-def test_a_short_prefill_runs_as_the_rule_says(monkeypatch, index, lengths, rows, of):
+def test_a_short_prefill_runs_as_the_rule_says(monkeypatch, index, lengths, rows, near):
     prefill, asked = Prefill(LAYER, 1024, "cpu", lengths=lengths, rows=rows), []
     parameters, calls = {"index": index, "window": 256}, recorded_calls(monkeypatch)
     for spared, way in ((-1.0, "dense retrieval heads"), (1.0, "listed retrieval heads")):
 
-        def answer(*of, spared=spared, **form):
-            asked.append((of, form))
+        def answer(given, spared=spared):
+            asked.append(given)
             return spared
 
         monkeypatch.setattr(prefill_short_cuda, "seconds_spared", answer)
         case = prefill_short_cuda.case_of(prefill, parameters, {})
-        assert asked.pop() == ((*of, 16, 16), {"beyond_window": index == "beyond_window"})
+        form = index == "beyond_window"
+        heads, window, dim = (2, LAYER.heads - 2), 256 + SINKS, LAYER.dim
+        assert asked.pop() == PrefillPass(
+            tuple(lengths), rows, *heads, near + SINKS, window, dim, 16, form
+        )
         assert case.run is case.baselines[way]
         assert case.facts == {"selects": float(spared > 0)}
         calls.clear()
@@ -135,7 +140,7 @@ def test_a_short_prefill_runs_as_the_rule_says(monkeypatch, index, lengths, rows
         selected = [(args, kwargs) for name, args, kwargs in calls if name == "select_tiles"]
         assert len(selected) == (spared > 0)
         for args, kwargs in selected:
-            assert args[4] == of[3] - SINKS and (kwargs["near_lse"] is None) == (index == "full")
+            assert args[4] == near and (kwargs["near_lse"] is None) == (index == "full")
         assert calls[-1][1][4] == 256
 
 
