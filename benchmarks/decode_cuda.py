@@ -2,8 +2,8 @@
 
 Inputs rotate, so that from 8K keys on little of a window is still in the L2 cache; times are of
 graph replays.
-Kernels of other projects join in where they are installed (`benchmarks/peers`): they attend to the
-same tokens and choose none, which makes `attend` their like.
+Kernels of other projects join in where they are installed (`benchmarks/peers`): one is dense; the
+others attend to the same tokens and choose none, which makes `attend` their like.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.decode_layer import HEADS, RETRIEVAL, SELECTED, SINKS, WINDOW, Step
 from benchmarks.dense import BACKENDS, dense
-from benchmarks.peers.decode import decode_peers
+from benchmarks.peers.decode import decode_peers, dense_peers
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 
 PARTS = {
@@ -27,10 +27,11 @@ PARTS = {
 
 def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
     """By part."""
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         name: in_turn([partial(dense, b, step.q, step.k, step.v) for step in steps])
         for name, b in BACKENDS.items()
     }
+    runs.update(dense_peers(steps))
     if steps[0].k.shape[2] <= WINDOW + SINKS:
         return {"step": runs}
     runs["fixed blocks of 16"] = in_turn([step.fixed_blocks for step in steps])

@@ -8,13 +8,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.attention import Layer
+from benchmarks.decode_cuda import baselines
 from benchmarks.measure import measure
-from benchmarks.peers import cudnn_bsa, decode, flash4, flash_sparse, lists
+from benchmarks.peers import cudnn_bsa, decode, flash4, flash_sparse, flashinfer, lists
 from benchmarks.peers.peer import Peer, PeerError
 from benchmarks.peers.prefill import listed_peers, windowed
 from benchmarks.peers.problems import Lists, Windows, check
 from benchmarks.prefill_layer import SINKS, Prefill
-from benchmarks.random_lists import ListPlan
+from benchmarks.random_lists import ListPlan, draw_batch
 from benchmarks.registry import Case
 from rtpurbo.tiles import TILE_BLOCK
 from tests.test_benchmark_masks import listed_mask, near_mask
@@ -166,13 +167,90 @@ def test_windows_as_flash_sparse_attention_takes_them(prefill, package, heads):
     check(flash_sparse.prefill(problem)(), problem)
 
 
+class FakePages:
+    """Either wrapper of FlashInfer, as its documentation has it: pages "HND" or "NHD"."""
+
+    def __init__(self, workspace, layout, use_tensor_cores=False, backend="auto"):
+        self.is_hnd = {"HND": True, "NHD": False}[layout]
+
+    def plan(self, *of, q_data_type, kv_data_type, causal=False):
+        *rows, begins, pages, last, self.heads, self.kv_heads, self.dim, self.size = of
+        rows = rows[0] if rows else torch.arange(len(begins), dtype=torch.int32)
+        assert {x.dtype for x in (rows, begins, pages, last)} == {torch.int32}
+        assert rows.device == begins.device == last.device == torch.device("cpu")
+        assert len(rows) == len(begins) == len(last) + 1 and begins[-1] == len(pages)
+        self.rows, self.begins, self.causal = rows.tolist(), begins.tolist(), causal
+        self.pages, self.last = pages.long(), last.tolist()
+
+    def run(self, q, kv, out):
+        assert q.shape == out.shape == (self.rows[-1], self.heads, self.dim)
+        for i, last in enumerate(self.last):
+            rows = slice(self.rows[i], self.rows[i + 1])
+            pages = self.pages[self.begins[i] : self.begins[i + 1]]
+            k, v = (x[pages] if self.is_hnd else x[pages].transpose(1, 2) for x in kv)
+            assert k.shape[1:] == (self.kv_heads, self.size, self.dim)
+            seen = (len(pages) - 1) * self.size + last
+            k, v = (x.transpose(0, 1).flatten(1, 2)[:, :seen] for x in (k, v))
+            mask = torch.ones(rows.stop - rows.start, seen, dtype=torch.bool)
+            if self.causal:  # the last row sees all
+                mask = mask.tril(seen - len(mask))
+            out[rows] = masked(q[rows].transpose(0, 1), k, v, mask).transpose(0, 1)
+        return out
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    wrappers = "BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"
+    fake = SimpleNamespace(**dict.fromkeys(wrappers, FakePages))
+    monkeypatch.setitem(sys.modules, "flashinfer", fake)
+    monkeypatch.setattr(flashinfer, "workspace", lambda device: None)
+    monkeypatch.setattr(flashinfer, "fastest", lambda runs: list(runs)[-1])
+
+
+@pytest.mark.parametrize("window", [1, 300])
+def test_lists_as_flashinfer_takes_them(pages, window):
+    torch.manual_seed(0)
+    few = Prefill(LAYER, KEYS, "cpu", lengths=[KEYS] * 2)
+    plans = [ListPlan.of_far(KEYS, window, SINKS, share) for share in (0.3, 0.6)]
+    problem = Lists(few.q, few.k, few.v, *draw_batch(plans, LAYER.heads, "cpu"))
+    check(flashinfer.attention(problem)(), problem)
+
+
+def test_lists_of_a_prefill_are_given_to_flashinfer(prefill, pages):
+    given = ListPlan(KEYS, 1, SINKS, 0.6).draw(LAYER.heads, "cpu")
+    (out,) = listed_peers(prefill, given)["flashinfer"]()
+    assert out.shape == prefill.q.shape
+
+
+def token_step(heads, keys):
+    q, (k, v) = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 2, keys, 16)
+    counts = torch.randint(1, 50, (2, len(heads), 1), dtype=torch.int32)
+    indices = torch.rand(2, len(heads), 1, 200).argsort(-1).to(torch.int32)
+    return SimpleNamespace(q=q, k=k, v=v, retrieval=heads, lists=(indices, counts))
+
+
+@pytest.mark.parametrize("heads", [[], [1], [3, 0], [0, 1, 2, 3]])
+def test_tokens_as_flashinfer_takes_them(pages, heads):
+    torch.manual_seed(0)
+    problem = decode.token(token_step(heads, 300), 30, SINKS)
+    check(flashinfer.decode(problem)(), problem)
+
+
+def test_decode_steps_are_given_to_flashinfer(pages):
+    torch.manual_seed(0)
+    steps = [token_step([0, 3], 320) for _ in range(2)]
+    for step, out in zip(steps, baselines(steps)["step"]["flashinfer"](), strict=True):
+        torch.testing.assert_close(out, sdpa(step.q, step.k, step.v, enable_gqa=True))
+    by_tokens = decode.decode_peers(steps, 30, SINKS)["flashinfer by tokens"]
+    assert [out.shape for out in by_tokens()] == [step.q.shape for step in steps]
+    assert "flashinfer" not in baselines([token_step([0, 3], 300)])["step"]
+
+
 @pytest.mark.parametrize("heads", [[1], [0, 3], [0, 1, 2, 3]])
 def test_tokens_as_flash_sparse_attention_takes_them(package, heads):
     torch.manual_seed(0)
-    q, (k, v) = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 2, 300, 16)
-    counts = torch.randint(1, 50, (2, len(heads), 1), dtype=torch.int32)
-    indices = torch.rand(2, len(heads), 1, 200).argsort(-1).to(torch.int32)
-    step = SimpleNamespace(q=q, k=k, v=v, retrieval=heads, lists=(indices, counts))
+    step = token_step(heads, 300)
+    indices, counts = step.lists
     problem = decode.token(step, 30, SINKS)
     chosen = torch.zeros(300, dtype=torch.bool)
     chosen[indices[1, 0, 0, : counts[1, 0, 0]].long()] = True
@@ -184,12 +262,13 @@ def test_tokens_as_flash_sparse_attention_takes_them(package, heads):
         decode.token(step, 30, SINKS)
 
 
-def test_a_peer_that_is_not_there_is_a_note(prefill, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cudnn", None)
+@pytest.mark.parametrize("module, name", [("cudnn", "cudnn-bsa"), ("flashinfer", "flashinfer")])
+def test_a_peer_that_is_not_there_is_a_note(prefill, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
     given = ListPlan(KEYS, 1, SINKS, 0.6).draw(LAYER.heads, "cpu")
-    peer = listed_peers(prefill, given)["cudnn-bsa"]
-    (row,) = measure([Case({}, int, {"cudnn-bsa": peer})], 1)
-    assert "ModuleNotFoundError" in row["notes"]["cudnn-bsa"] and row["ratios"] == {}
+    peer = listed_peers(prefill, given)[name]
+    (row,) = measure([Case({}, int, {name: peer})], 1)
+    assert "ModuleNotFoundError" in row["notes"][name] and row["ratios"] == {}
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(prefill):

@@ -1,4 +1,4 @@
-"""Peers of a decode step: they attend to the tokens that `select` chose, but choose none."""
+"""Peers of a decode step: dense, or by the tokens that `select` chose; none chooses any."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.peers import flash_sparse
+from benchmarks.peers import flash_sparse, flashinfer
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.problems import Token, near_tokens
 
@@ -35,10 +35,14 @@ def token(step: Step, window: int, sinks: int) -> Token:
     return Token(step.q, step.k, step.v, step.retrieval, chosen[..., :-1] | near, window, sinks)
 
 
+def small_kv(step: Step) -> Tensor:
+    batch, heads, _, dim = step.k.shape
+    return torch.randn(2, batch, heads, SMALL, dim, dtype=step.k.dtype, device=step.k.device)
+
+
 def decode_peers(steps: Sequence[Step], window: int, sinks: int) -> dict[str, Peer]:
     def small() -> Token:
-        q, k = steps[0].q, steps[0].k
-        k, v = torch.randn(2, *k.shape[:2], SMALL, k.shape[3], dtype=k.dtype, device=k.device)
+        q, (k, v) = steps[0].q, small_kv(steps[0])
         heads, near = steps[0].retrieval, near_tokens(SMALL, SMALL_WINDOW, sinks, k.device)
         chosen = torch.rand(len(q), len(heads), SMALL, device=k.device) < SMALL_SHARE
         return Token(q, k, v, heads, chosen | near, SMALL_WINDOW, sinks)
@@ -46,4 +50,25 @@ def decode_peers(steps: Sequence[Step], window: int, sinks: int) -> dict[str, Pe
     def problems() -> list[Token]:
         return [token(step, window, sinks) for step in steps]
 
-    return {"flash-sparse-attn": Peer(flash_sparse.decode, small, problems)}
+    return {
+        "flash-sparse-attn": Peer(flash_sparse.decode, small, problems),
+        "flashinfer by tokens": Peer(flashinfer.decode, small, problems),
+    }
+
+
+def dense_token(q: Tensor, k: Tensor, v: Tensor) -> Token:
+    return Token(q, k, v, [], q.new_empty(0, dtype=torch.bool), k.shape[2], 0)
+
+
+def dense_peers(steps: Sequence[Step]) -> dict[str, Peer]:
+    """All heads see all keys."""
+    if steps[0].k.shape[2] % flashinfer.PAGE:
+        return {}
+
+    def small() -> Token:
+        return dense_token(steps[0].q, *small_kv(steps[0]))
+
+    def problems() -> list[Token]:
+        return [dense_token(step.q, step.k, step.v) for step in steps]
+
+    return {"flashinfer": Peer(flashinfer.dense_decode, small, problems)}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from benchmarks.peers import cudnn_bsa, flash4, flash_sparse
+from benchmarks.peers import cudnn_bsa, flash4, flash_sparse, flashinfer
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.problems import Lists, Windows
 from benchmarks.prefill_layer import SINKS, Prefill
@@ -50,5 +50,6 @@ def listed_peers(prefill: Prefill, lists: BlockLists) -> dict[str, Peer]:
         for name, attention, diagonal in (
             ("cudnn-bsa", cudnn_bsa.attention, True),
             ("flash-attn-4", flash4.attention, False),
+            ("flashinfer", flashinfer.attention, False),
         )
     }
