@@ -12,15 +12,11 @@ namespace rtpurbo::cuda {
 namespace {
 
 /// Most keys that a set may read.
-int64_t most_keys(const DecodeParams& p) {
-  int64_t most = 0;
-  for (int i = 0; i < p.sets_count; ++i) {
-    const DecodeSet& set = p.sets[i];
-    const int64_t window = set.near_window ? p.near_window : p.window;
-    most = std::max(most, set.from_local                  ? p.slots
-                          : set.keys == DecodeKeys::kNear ? p.sinks + window
-                                                          : p.length);
-  }
+int64_t most_keys(const DecodeParams& p, const DecodeSet& set) {
+  const int64_t window = set.near_window ? p.near_window : p.window;
+  const int64_t most = set.from_local                  ? p.slots
+                       : set.keys == DecodeKeys::kNear ? p.sinks + window
+                                                       : p.length;
   return std::min(most, p.length);
 }
 
@@ -88,17 +84,22 @@ bool shares_loads(const DecodeParams& p) {
 
 int decode_splits(const DecodeParams& params, int sm_count) {
   constexpr int64_t kTile = kTileKeys * kWarps;
-  const int64_t tiles = divide_up(most_keys(params), kTile);
+  int64_t most = 0, all = 0;
+  for (int i = 0; i < params.sets_count; ++i) {
+    const int64_t keys = most_keys(params, params.sets[i]);
+    most = std::max(most, keys);
+    all += keys;
+  }
+  const int64_t tiles = divide_up(most, kTile);
+  const int64_t pairs = std::max<int64_t>(1, params.batch * params.sets_count);
   // Rounded down: one block too many would double the time.
-  const auto blocks_of_sm = [&](int64_t count) {
-    return count * sm_count / std::max<int64_t>(1, params.batch * params.sets_count);
-  };
-  // Up to a few tiles a warp one block on a multiprocessor is as quick (measured on H200), and
-  // leaves half as much to merge.
-  constexpr int64_t kTilesOfTwo = 4;
-  const int64_t two = blocks_of_sm(2);
-  const bool one = tiles < kTilesOfTwo * two && shares_loads(params);
-  const int64_t wanted = one ? blocks_of_sm(1) : two;
+  const int64_t one = sm_count / pairs, two = 2 * sm_count / pairs;
+  // One block on most multiprocessors is as quick as two, up to many tiles each (measured on H100),
+  // and leaves half as much to merge, or nothing. Short sets do not count whole.
+  constexpr int64_t kTilesOfOne = 64;
+  const bool fills = 10 * one * params.batch * all >= 7 * sm_count * most &&
+                     (one == 1 || tiles <= kTilesOfOne * one);
+  const int64_t wanted = fills && shares_loads(params) ? one : two;
   const int64_t splits = std::max<int64_t>(1, std::min({wanted, tiles, kMostSplits}));
   // To merge takes longer than two more tiles.
   constexpr int64_t kFewTiles = 2;
