@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/TIME.json")
     parser.add_argument("--plot", type=Path, help="also draw times over keys, .png or .svg")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(BENCHMARKS)
+    names = [found for name in arguments.names for found in (name, f"{name}_cuda")]
+    names = [name for name in names if name in BENCHMARKS]
+    unknown = {name for name in arguments.names if not {name, f"{name}_cuda"} & set(BENCHMARKS)}
     if unknown:
         parser.error(
             f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
@@ -102,7 +104,7 @@ def main() -> None:
     output = arguments.output or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     met = {"none"}  # names of baselines
-    for name in arguments.names or BENCHMARKS:
+    for name in names or BENCHMARKS:
         results = report["results"].setdefault(name, [])
         for result in measured(name, choice, arguments.repeats):
             results.append(result)

@@ -8,6 +8,7 @@ others attend to the same tokens and choose none, which makes `attend` their lik
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -61,6 +62,21 @@ SHAPES = [
 ]
 
 
+def goals(parameters: dict[str, Any]) -> dict[str, float]:
+    """A step is never slower than dense attention, and from 128K on quicker."""
+    if parameters["part"] != "step":
+        return {}
+    batch, keys, bits = parameters["batch"], parameters["keys"], parameters.get("bits", 16)
+    goal = 1.0
+    if parameters.get("heads") == "all":
+        goal = 4.5 if bits == 4 else 4.0 if parameters["shared"] else 1.95
+    elif parameters["selected"] == SELECTED:
+        at_128k, at_1m = (3.4, 8.0) if bits == 16 else (3.4, 14.0)
+        named = {(1, 131_072): at_128k, (1, 1_048_576): at_1m, (16, 131_072): 5.0}
+        goal = named.get((batch, keys), 1.0)
+    return {"cudnn": goal, "flash": 1.0}
+
+
 @benchmark
 def decode_cuda(wanted: Wanted) -> Iterator[Case]:
     if not torch.cuda.is_available():
@@ -86,6 +102,7 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
                 run=in_turn([partial(parts[part], step) for step in steps]),
                 baselines=against.get(part, {}),
                 bytes=steps[0].bytes(part),
+                goals=goals(parameters[part]),
                 rounds=len(steps),
                 device="cuda",
             )

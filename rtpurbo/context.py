@@ -167,11 +167,15 @@ class SparseState:
     handles: list[Any] = field(default_factory=list)
     observer: Observer | None = None
     active: bool = True
-    _first_keys: tuple[Tensor, list[int]] | None = None
+    _first_keys: tuple[Tensor, list[int]] | None = field(default=None, init=False, repr=False)
 
     def first_keys(self, start: Tensor | None, batch: int) -> list[int]:
-        """start, int64 [B], on the host; read once for all layers of a forward, which share it."""
-        if start is None:
+        """start, int64 [B], on the host; read once for all layers of a forward, which share it.
+
+        A graph capture cannot wait for it, and takes every key as real.
+        """
+        capturing = start is not None and start.is_cuda and torch.cuda.is_current_stream_capturing()
+        if start is None or capturing:
             return [0] * batch
         if self._first_keys is None or self._first_keys[0] is not start:
             self._first_keys = start, start.tolist()

@@ -31,9 +31,10 @@ def stats(model: Any, *, true_mass: bool = False) -> dict[str, Any]:
         `compute_sparsity`, 1 minus that; `memory_sparsity`, 1 minus the share of visible keys that
         any query head of a KV head attends; `index_mass`, the share recovered as the index sees it,
         in a sparse prefill by the largest logit of each block (None if nothing was selected);
-        `true_mass` (None unless asked for and there); `fallbacks`, rows or tiles that ran dense for
-        want of room; `kv_bytes` without and `index_bytes` of index keys, `dense_bytes` of a dense
-        cache (0 without a cache).
+        `true_mass` (None unless asked for and there); `selecting_layers`, layers whose retrieval
+        heads selected: others read every key, see `rtpurbo.short_inputs`; `fallbacks`, rows or
+        tiles that ran dense for want of room; `kv_bytes` without and `index_bytes` of index keys,
+        `dense_bytes` of a dense cache (0 without a cache).
 
     Raises:
         ValueError: the model is not sparse, or has not run since it is.
@@ -58,6 +59,7 @@ def stats(model: Any, *, true_mass: bool = False) -> dict[str, Any]:
         "memory_sparsity": 1 - union,
         "index_mass": torch.cat(masses).mean().item() if masses else None,
         "true_mass": torch.cat(true).mean().item() if true else None,
+        "selecting_layers": len(chosen),
         "fallbacks": sum(int((count < 0).sum()) for count in chosen),
         "kv_bytes": sum(last.kv_bytes for last in lasts),
         "index_bytes": sum(last.index_bytes for last in lasts),

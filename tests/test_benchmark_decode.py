@@ -3,12 +3,30 @@
 import pytest
 import torch
 
-from benchmarks import append_cuda
+from benchmarks import append_cuda, decode_cuda
 from benchmarks import decode_stages_cuda as bench
 from benchmarks.decode_layer import RETRIEVAL, ROW, SINKS, WINDOW, Step
+from benchmarks.decode_layer import SELECTED as SELECTED_TOKENS
 
 KEYS, SELECTED = WINDOW + 1024, 200
 FAR = slice(SINKS, KEYS - WINDOW)
+
+
+def test_steps_have_goals():
+    named = {}
+    for shape in decode_cuda.SHAPES:
+        parameters = {"part": "step", "selected": SELECTED_TOKENS, **shape}
+        goal = decode_cuda.goals(parameters)
+        assert set(goal) == {"cudnn", "flash"} and goal["flash"] == 1.0
+        if goal["cudnn"] > 1:
+            heads = parameters.get("heads"), parameters.get("shared"), parameters.get("bits")
+            named[shape["batch"], shape["keys"], *heads] = goal["cudnn"]
+    assert named.pop((16, 131_072, None, None, None)) == 5.0
+    assert named.pop((1, 1 << 20, None, None, None)) == 8.0
+    assert named.pop((1, 1 << 20, None, None, 4)) == 14.0
+    assert {named.pop((1, 131_072, None, None, bits)) for bits in (None, 4)} == {3.4}
+    assert len(named) == 12 and set(named.values()) == {1.95, 4.0, 4.5}
+    assert decode_cuda.goals({"part": "select"}) == {}
 
 
 @pytest.fixture(params=[16, 4])

@@ -156,8 +156,15 @@ def test_the_command_runs_what_is_chosen(monkeypatch, tmp_path, capsys):
         yield Case({"keys": 1}, runs["a"], baselines, facts=facts, goal_seconds=1.5)
         yield [Case({"keys": 2}, runs["b"], baselines), Case({"keys": 3}, runs["b"], baselines)]
 
-    monkeypatch.setitem(BENCHMARKS, "fake", fake)
+    monkeypatch.setitem(BENCHMARKS, "fake_cuda", lambda wanted: iter([Case({}, runs["a"], {})]))
     output = tmp_path / "results.json"
+    monkeypatch.setattr("sys.argv", ["benchmarks", "fake", "--output", str(output)])
+    for names in (["fake_cuda"], ["fake", "fake_cuda"]):  # of a CPU's and a GPU's, what there is
+        main()
+        assert list(json.loads(output.read_text())["results"]) == names
+        monkeypatch.setitem(BENCHMARKS, "fake", fake)
+    monkeypatch.delitem(BENCHMARKS, "fake_cuda")
+    capsys.readouterr()
 
     def command(*words):
         monkeypatch.setattr("sys.argv", ["benchmarks", "fake", "--output", str(output), *words])

@@ -180,6 +180,14 @@ def test_generate_continues_as_the_model_does(sparse, tmp_path):
     assert "keys attended" not in run("generate", sparse, prompt, "--dense", "--max-new-tokens", 6)
 
 
+def test_select_from_is_where_heads_begin_to_select(sparse, dense):
+    command = ["generate", sparse, "line 4 tells of thing " * 20, "--max-new-tokens", 3]
+    assert "read every key" not in run(*command, "--select-from", 0)
+    assert "retrieval heads read every key" in run(*command, "--select-from", 100_000)
+    words = run("generate", dense, "line 4", "--select-from", 5, code=2)
+    assert "--select-from is for a sparse model" in words
+
+
 def test_model_reference_and_prompt_go_to_the_device(sparse, dense, texts, monkeypatch):
     named = []
     for command in ("generate", "evaluate"):

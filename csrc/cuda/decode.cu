@@ -94,12 +94,15 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   const int64_t pairs = std::max<int64_t>(1, params.batch * params.sets_count);
   // Rounded down: one block too many would double the time.
   const int64_t one = sm_count / pairs, two = 2 * sm_count / pairs;
-  // One block on most multiprocessors is as quick as two, up to many tiles each (measured on H100),
-  // and leaves half as much to merge, or nothing. Short sets do not count whole.
-  constexpr int64_t kTilesOfOne = 64;
-  const bool fills = 10 * one * params.batch * all >= 7 * sm_count * most &&
-                     (one == 1 || tiles <= kTilesOfOne * one);
-  const int64_t wanted = fills && shares_loads(params) ? one : two;
+  // One block on a multiprocessor leaves half as much to merge as two, and is as quick up to a few
+  // tiles (measured on H200), or up to many, or where nothing is left to merge, as long as the
+  // blocks are about equal and on most multiprocessors (measured on H100).
+  constexpr int64_t kFewTilesOfTwo = 4, kManyTilesOfOne = 64;
+  const bool equal = params.slots_count == params.heads && !params.start_ptr &&
+                     10 * one * params.batch * all >= 7 * sm_count * most;
+  const bool suffices =
+      tiles < kFewTilesOfTwo * two || (equal && (one == 1 || tiles <= kManyTilesOfOne * one));
+  const int64_t wanted = suffices && shares_loads(params) ? one : two;
   const int64_t splits = std::max<int64_t>(1, std::min({wanted, tiles, kMostSplits}));
   // To merge takes longer than two more tiles.
   constexpr int64_t kFewTiles = 2;

@@ -59,6 +59,9 @@ Result index_project_cuda(const at::Tensor& q, const at::Tensor& k, const at::Te
                           std::optional<at::ScalarType> dtype) {
   const Sides in = sides(q, k, w_q, w_k, q_heads, k_heads);
   const at::ScalarType out = check(in, dtype);
+  for (const auto& [name, tensor] : {std::pair{"q", &q}, std::pair{"w_q", &w_q}}) {
+    cuda::check_not_double(kOp, name, tensor->scalar_type());
+  }
   cuda::check_not_double(kOp, "dtype", out);
   const c10::cuda::CUDAGuard guard(q.device());
   Result result{empty_projection(in.q, out), empty_projection(in.k, out)};

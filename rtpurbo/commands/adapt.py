@@ -19,6 +19,7 @@ from rtpurbo.commands.options import (
     ModelArgument,
     Prefill,
     SeedOption,
+    SelectFromOption,
     TextsOption,
 )
 from rtpurbo.commands.tables import figures_table
@@ -53,6 +54,7 @@ def adapt(
     refine: Annotated[
         bool, typer.Option("--refine", help="Score what 8 or 4 bits select again in 16.")
     ] = False,
+    select_from: SelectFromOption = None,
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 32768,
     sequences: Annotated[int, typer.Option(help="Training sequences of each stage.")] = 600,
     index_steps: Annotated[int, typer.Option(help="Steps of stage 1, 0 for none.")] = 600,
@@ -88,6 +90,7 @@ def adapt(
         share_index_keys=share_index_keys,
         index_bits=index_bits,
         refine=refine,
+        select_from=select_from,
     )
     check_destination(output)
     for folder in (output.absolute().parent, work):

@@ -16,6 +16,7 @@ from rtpurbo.commands.options import (
     DTypeOption,
     Mode,
     ModelArgument,
+    SelectFromOption,
     TextsOption,
     element_type,
 )
@@ -53,6 +54,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="Picture over lengths.")] = None,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = "cpu",
+    select_from: SelectFromOption = None,
 ) -> None:
     """Score a model on needles and text, dense and sparse side by side."""
     what: dict[str, Any] = {
@@ -69,7 +71,7 @@ def evaluate(
     check_files(output, markdown, picture=plot)
     place = checked_device(device)
     documents = read_texts(texts)
-    network, tokenizer = load_model(model, dtype, place)
+    network, tokenizer = load_model(model, dtype, place, select_from)
     teacher = load_dense(reference, element_type(dtype))[0].to(place) if reference else None
     with progress_bar(console, "evaluating") as tick:
         report = rtpurbo.evaluate(

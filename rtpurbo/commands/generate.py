@@ -11,7 +11,14 @@ import typer
 import rtpurbo
 from rtpurbo.commands.app import console, fail
 from rtpurbo.commands.inputs import load_model, prompt_text
-from rtpurbo.commands.options import DeviceOption, DType, DTypeOption, ModelArgument, SeedOption
+from rtpurbo.commands.options import (
+    DeviceOption,
+    DType,
+    DTypeOption,
+    ModelArgument,
+    SeedOption,
+    SelectFromOption,
+)
 from rtpurbo.commands.tables import last_step
 from rtpurbo.device import checked_device
 
@@ -26,6 +33,7 @@ def generate(
     dense: Annotated[bool, typer.Option("--dense", help="Run full attention.")] = False,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = "cpu",
+    select_from: SelectFromOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Continue a prompt, and say what was attended to."""
@@ -33,7 +41,7 @@ def generate(
 
     text = prompt_text(prompt, file)
     place = checked_device(device)
-    network, tokenizer = load_model(model, dtype, place)
+    network, tokenizer = load_model(model, dtype, place, select_from)
     if chat and not tokenizer.chat_template:
         fail(f"--chat needs a chat template, and the tokenizer of {model} has none; leave it out")
     if dense and rtpurbo.is_sparse(network):

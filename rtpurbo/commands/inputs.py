@@ -1,6 +1,7 @@
 """What the commands read: models, prompts, texts; and where they may write."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rtpurbo.commands.app import console, fail
 from rtpurbo.commands.options import DType, element_type
 from rtpurbo.loading import load_dense
 from rtpurbo.outputs import check_file
+from rtpurbo.patching import state
 from rtpurbo.plots import check_picture
 
 
@@ -28,14 +30,21 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def load_model(model: str, dtype: DType, device: torch.device) -> tuple[Any, Any]:
-    """A saved sparse model, or any other as transformers loads it."""
+def load_model(
+    model: str, dtype: DType, device: torch.device, select_from: int | None = None
+) -> tuple[Any, Any]:
+    """A saved sparse model, or any other as transformers loads it; `select_from` if not None."""
     if (Path(model) / MANIFEST).is_file():
         network, tokenizer = rtpurbo.from_pretrained(model, dtype=element_type(dtype))
         if tokenizer is None:
             fail(f"{model} was saved without a tokenizer")
     else:
         network, tokenizer = load_dense(model, element_type(dtype))
+    if select_from is not None:
+        if not rtpurbo.is_sparse(network):
+            fail(f"--select-from is for a sparse model, and {model} is dense; leave it out")
+        found = state(network)
+        found.config = replace(found.config, select_from=select_from)
     return network.to(device), tokenizer
 
 

@@ -44,6 +44,13 @@ TextsOption = Annotated[
 ]
 DTypeOption = Annotated[DType, typer.Option(help="Element type of the weights.")]
 DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
+SelectFromOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Far keys from which retrieval heads select [default: as the model says; on a GPU "
+        "from where it is quicker]."
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 

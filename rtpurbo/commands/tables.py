@@ -28,7 +28,8 @@ def stability_table(heads: rtpurbo.HeadMap) -> Table:
 def last_step(seen: dict[str, Any]) -> str:
     """A line about the last forward, from `rtpurbo.stats`."""
     held = seen["kv_bytes"] + seen["index_bytes"]
+    whole = "" if seen["selecting_layers"] else " (retrieval heads read every key)"
     return (
-        f"last step: {seen['attended_tokens']:,.0f} of {seen['keys']:,} keys attended, cache "
-        f"{human_bytes(held)} against {human_bytes(seen['dense_bytes'])} dense"
+        f"last step: {seen['attended_tokens']:,.0f} of {seen['keys']:,} keys attended{whole}, "
+        f"cache {human_bytes(held)} against {human_bytes(seen['dense_bytes'])} dense"
     )

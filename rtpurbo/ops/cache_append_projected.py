@@ -33,6 +33,8 @@ def cache_append_projected(
     Keys and values go to rings and pages, the index keys that k_pre makes to index_pages, in place;
     what q_pre makes is returned. On CUDA one launch does all of it for M up to 16, two for more.
 
+    Not differentiable. What is read must not overlap what is written.
+
     Args:
         k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start: as in
             `cache_append`.

@@ -8,6 +8,7 @@ another index dim on an H200.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,14 @@ def prefill_selects(context: LayerContext, q: Tensor, keys: int, start: Tensor |
         return keys - near >= config.select_from
     if q.device.type != "cuda" or q.element_size() != 2:  # others attend many times as slowly
         return True
+    if config.index_dim != FAST_INDEX_DIM:
+        warnings.warn(
+            f'rtpurbo: prefill="sparse" of a 16-bit model reads every key on CUDA with index_dim '
+            f"{config.index_dim}, as to select would take longer; use {FAST_INDEX_DIM}, or "
+            "select_from to select all the same",
+            stacklevel=2,
+        )
+        return False
     batch, heads, rows, dim = q.shape
     retrieval = len(context.heads)
     prefill = PrefillPass(
@@ -129,7 +138,7 @@ def selection_seconds(prefill: PrefillPass) -> float:
     fast = prefill.index_dim == FAST_INDEX_DIM
     if prefill.beyond_window:
         fixed, by_dim = NEAR_LSE_SECONDS
-        near = max(near, min(max(prefill.lengths), prefill.near) * LONE_KEY_PAIRS)
+        near = max(near, min(max(prefill.lengths, default=0), prefill.near) * LONE_KEY_PAIRS)
         near_seconds = fixed + by_dim * prefill.dim
         far_seconds = FAR_SCORE_SECONDS if fast else OTHER_SCORE_SECONDS
     else:

@@ -127,6 +127,20 @@ def test_heads_of_one_part_are_whole(dtype, retrieval, batch, keys, cuda_device)
     assert_decodes((q, k, v, *rest), start, cuda_device)
 
 
+@pytest.mark.parametrize("keys", [700, 5000])
+@pytest.mark.parametrize("retrieval", [[], [0, 3]], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_sets_on_most_multiprocessors_stay_whole_or_are_split(padded, retrieval, keys, cuda_device):
+    """Nine sets for ten multiprocessors, which long equal ones do not share."""
+    count = torch.cuda.get_device_properties(cuda_device).multi_processor_count
+    batch = count * 9 // 20
+    torch.manual_seed(keys)
+    q = torch.randn(batch, 4, 1, 64).bfloat16()
+    k, v = (torch.randn(batch, 2, keys, 64).bfloat16() for _ in "kv")
+    start = torch.randint(0, keys, (batch,)) if padded else None
+    assert_decodes((q, k, v, retrieval, 300, 300, 2, 0.1), start, cuda_device)
+
+
 def test_twenty_runs_give_the_same_bits(cuda_device):
     torch.manual_seed(0)
     q = torch.randn(1, 32, 1, 128, device=cuda_device, dtype=torch.bfloat16)

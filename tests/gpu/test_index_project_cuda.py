@@ -121,12 +121,13 @@ def test_opcheck(cuda_device):
 def test_float64_is_refused(cuda_device):
     x, w = numbers(1, 2, 3, 8).to(cuda_device), numbers(2, 4, 8).to(cuda_device)
     heads = [0, 1]
-    for q, weights, dtype in (
-        (x.double(), w, None),
-        (x, w.double(), torch.float32),
-        (x, w, torch.float64),
+    for name, q, weights, dtype in (
+        ("q", x.double(), w, None),
+        ("w_q", x, w.double(), None),
+        ("w_q", x, w.double(), torch.float32),
+        ("dtype", x, w, torch.float64),
     ):
-        with pytest.raises(TypeError, match="on CUDA must be float32"):
+        with pytest.raises(TypeError, match=f"index_project: {name} on CUDA must be float32"):
             ops.index_project(q, q, weights, weights, heads, heads, dtype)
 
 

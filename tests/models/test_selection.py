@@ -199,7 +199,7 @@ def test_stats_of_a_decode_step():
     assert found["compute_sparsity"] == 1 - found["attended_fraction"]
     assert 0 < found["memory_sparsity"] < found["compute_sparsity"] < 1
     assert P <= found["index_mass"] <= 1
-    assert found["fallbacks"] == 0
+    assert found["fallbacks"] == 0 and found["selecting_layers"] == 2
     assert found["true_mass"] is None
 
 

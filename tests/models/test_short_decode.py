@@ -36,7 +36,9 @@ def test_few_far_keys_are_all_read():
     model = rtpurbo.sparsify(tiny(), config(**near, top_p=0.05, select_from=81))
     in_pieces(model, ids[:, :90], [89, 1])
     assert state(model).layers[0].last.counts is None
-    assert rtpurbo.stats(model)["attended_tokens"] == pytest.approx((3 * 90 + 3 * 10) / 6)
+    found = rtpurbo.stats(model)
+    assert found["attended_tokens"] == pytest.approx((3 * 90 + 3 * 10) / 6)
+    assert found["selecting_layers"] == 0
 
 
 def test_a_gpu_selects_where_reading_all_keys_costs_more():

@@ -87,6 +87,11 @@ def test_a_batch_launches_once():
     assert four == pytest.approx(4 * one + 3 * PREFILL_SECONDS)
 
 
+def test_no_sequence_selects_nothing():
+    for near in (None, 64):
+        assert seconds_spared(of(LARGE, [], 1024, rows=10, near=near)) < 0
+
+
 def test_few_rows_cost_a_tile():
     one, tile, more = (seconds_spared(of(LARGE, 1 << 20, 8192, rows=m)) for m in (1, 128, 12801))
     assert 0 < one == tile < more
@@ -134,13 +139,15 @@ def test_a_gpu_prefills_sparsely_where_that_spares_time():
     assert not rule(8192, batch=4, start=padded) and rule(8192, batch=4, start=0 * padded)
     assert [rule(keys, rows=128) for keys in (8192, 65536)] == [False, True]
     assert rule(4096, "cpu") and rule(4096, size=4)
-    assert not rule(65536, index_dim=24) and rule(4096, index_dim=24, select_from=0)
+    with pytest.warns(UserWarning, match="reads every key on CUDA with index_dim 24"):
+        assert not rule(65536, index_dim=24)
+    assert rule(4096, index_dim=24, select_from=0)
     assert not rule(65536, prefill="dense") and not rule(WINDOW + SINKS, select_from=0)
 
 
 def test_padding_is_read_once_a_forward():
     class Start:
-        reads = 0
+        reads, is_cuda = 0, False
 
         def tolist(self):
             self.reads += 1
