@@ -2,9 +2,11 @@
 
     python examples/accuracy.py index --form beyond_window
     python examples/accuracy.py needles --form beyond_window --lengths 4096 8192 --device cuda
+    python examples/accuracy.py greedy --device cuda --top-p 1.0
     python examples/accuracy.py distil --length 2048 --window 256 --steps 150
 
-Each writes a JSON report under --output and prints the table.
+`index`, `needles` and `distil` write a report under --output and print it; `greedy` fails where the
+device continues a prompt differently than the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +50,11 @@ def found_heads(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> rt
     return heads
 
 
-def sparse_model(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+def sparse_model(
+    arguments: argparse.Namespace, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, Any, dict[str, Any]]:
     """The model with its index of this form, trained on the CPU unless --output holds it."""
-    model, tokenizer = load(arguments, torch.bfloat16)
+    model, tokenizer = load(arguments, dtype)
     heads = found_heads(arguments, model, tokenizer)
     length = arguments.train_length
     config = rtpurbo.RTPurboConfig(
@@ -101,6 +106,31 @@ def needles(arguments: argparse.Namespace) -> None:
     kind += "-refined" * arguments.refine
     report.save(arguments.output / f"needles-{kind}.json")
     print(report.to_markdown(), flush=True)
+
+
+def greedy(arguments: argparse.Namespace) -> None:
+    """Greedy text in float32 on the CPU and on the device, token for token."""
+    model, tokenizer, _ = sparse_model(arguments, torch.float32)
+    found, length = state(model), arguments.length
+    found.config = replace(found.config, window=length // 8, top_p=arguments.top_p)
+    prose = rtpurbo.data.prose()
+    prompts = rtpurbo.data.excerpts(tokenizer, prose, length, arguments.prompts - 1)
+    asked = rtpurbo.data.needle_prompts(tokenizer, prose, length, needles=8)[0].tokens
+    texts = []
+    for device in ("cpu", arguments.device):
+        model.to(device)
+        ids = [torch.as_tensor(prompt, device=device)[None] for prompt in (*prompts, asked)]
+        options = dict(max_new_tokens=arguments.tokens, do_sample=False, pad_token_id=0)
+        out = [
+            model.generate(x, attention_mask=torch.ones_like(x), **options)[0, x.shape[1] :]
+            for x in ids
+        ]
+        texts.append([text.tolist() for text in out])
+        print(device, [tokenizer.decode(text)[:60] for text in texts[-1]], flush=True)
+    equal = sum(mine == theirs for mine, theirs in zip(*texts, strict=True))
+    print(f"equal: {equal} of {len(texts[0])} texts of {arguments.tokens} tokens")
+    if equal < len(texts[0]):
+        raise SystemExit(1)
 
 
 def distil(arguments: argparse.Namespace) -> None:
@@ -156,8 +186,9 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     parser = parser_of(__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, run in (("index", sparse_model), ("needles", needles)):
-        first = commands.add_parser(name)
+    parsers = {}
+    for name, run in (("index", sparse_model), ("needles", needles), ("greedy", greedy)):
+        parsers[name] = first = commands.add_parser(name)
         first.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
         first.add_argument("--prefill", choices=["dense", "sparse"], default="dense")
         first.add_argument("--index-bits", type=int, choices=[4, 8, 16], default=16)
@@ -166,12 +197,19 @@ def main() -> None:
         first.add_argument("--steps", type=int, default=120)
         first.add_argument("--updates", type=int, default=4)
         first.set_defaults(run=run)
+    for name in ("needles", "greedy"):
+        parsers[name].add_argument("--device", default="cpu")
+    text = parsers["greedy"]
+    text.add_argument("--top-p", type=float, default=1.0)
+    text.add_argument("--length", type=int, default=2048)
+    text.add_argument("--prompts", type=int, default=4)
+    text.add_argument("--tokens", type=int, default=40)
+    first = parsers["needles"]
     first.add_argument("--tasks", nargs="+", default=["niah", "mk8"])
     first.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     first.add_argument("--prompts", type=int, default=40)
     first.add_argument("--seeds", type=int, nargs="+", default=[0])
     first.add_argument("--modes", nargs="+", default=["dense", "sparse"])
-    first.add_argument("--device", default="cpu")
     second = commands.add_parser("distil")
     second.add_argument("--length", type=int, default=2048)
     second.add_argument("--window", type=int, default=256)
