@@ -37,14 +37,19 @@ def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
         return {"step": runs}
     runs["fixed blocks of 16"] = in_turn([step.fixed_blocks for step in steps])
     peers = decode_peers(steps, WINDOW, SINKS)
-    return {"step": {**runs, **peers}, "sparse_decode": {**peers}, "attend": {**peers}}
+    return {
+        "step": {**runs, **peers},
+        "refined step": runs,
+        "sparse_decode": {**peers},
+        "attend": {**peers},
+    }
 
 
 EVERY_HEAD = list(range(HEADS))
 SHAPES = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
     *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
-    *[dict(batch=1, keys=keys, bits=4) for keys in (131_072, 1_048_576)],
+    *[dict(batch=1, keys=keys, bits=bits) for bits in (8, 4) for keys in (131_072, 1_048_576)],
     *[dict(batch=batch, keys=2**i * 1024) for batch in (4, 16) for i in (3, 5, 7, 9)],
     *[dict(batch=batch, keys=keys) for batch in (2, 8, 32) for keys in (1024, 8192, 32_768)],
     *[dict(batch=batch, keys=256) for batch in (4, 16, 64)],
@@ -71,8 +76,8 @@ def goals(parameters: dict[str, Any]) -> dict[str, float]:
     if parameters.get("heads") == "all":
         goal = 4.5 if bits == 4 else 4.0 if parameters["shared"] else 1.95
     elif parameters["selected"] == SELECTED:
-        at_128k, at_1m = (3.4, 8.0) if bits == 16 else (3.4, 14.0)
-        named = {(1, 131_072): at_128k, (1, 1_048_576): at_1m, (16, 131_072): 5.0}
+        at_1m = 14.0 if bits == 4 else 8.0
+        named = {(1, 131_072): 3.4, (1, 1_048_576): at_1m, (16, 131_072): 5.0}
         goal = named.get((batch, keys), 1.0)
     return {"cudnn": goal, "flash": 1.0}
 
@@ -88,7 +93,7 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
         apart = keys in (131_072, 1_048_576) and batch == 1 and "selected" not in shape
         parts = PARTS if apart else {"step": Step.whole}
         if bits < 16:
-            parts = {**parts, "refine": Step.refine}
+            parts = {**parts, "refine": Step.refine, "refined step": Step.refine_and_attend}
         parameters = {part: {"part": part, "selected": SELECTED, **shape} for part in parts}
         chosen = [part for part in parts if wanted(parameters[part])]
         if not chosen:

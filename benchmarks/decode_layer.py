@@ -72,6 +72,12 @@ class Step:
         )  # fmt: skip
         return indices, counts
 
+    def refine_and_attend(self) -> Tensor:
+        """A step with `refine`, in a launch each."""
+        self.near = self.near_lse()
+        layer = self.q, self.k, self.v, self.retrieval
+        return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE, *self.refine())[0]
+
     def scan(self) -> Tensor:
         """The scores of `select` without a choice: p = 1 takes every key, and one has room."""
         _, counts, _ = ops.select(
@@ -140,6 +146,7 @@ class Step:
             "dense": batch * (owners * keys + (KV_HEADS - owners) * near) * ROW,
         }
         every["sparse_decode"] = every["attend"] + scan
+        every["refined step"] = every["near_lse"] + every["refine"] + every["attend"]
         every["step"] = every["sparse_decode" if self.selects else "dense"]
         return every[part]
 

@@ -5,8 +5,9 @@ import torch
 
 from benchmarks import append_cuda, decode_cuda
 from benchmarks import decode_stages_cuda as bench
-from benchmarks.decode_layer import RETRIEVAL, ROW, SINKS, WINDOW, Step
+from benchmarks.decode_layer import RETRIEVAL, ROW, SCALE, SINKS, WINDOW, Step
 from benchmarks.decode_layer import SELECTED as SELECTED_TOKENS
+from rtpurbo import ops
 
 KEYS, SELECTED = WINDOW + 1024, 200
 FAR = slice(SINKS, KEYS - WINDOW)
@@ -22,9 +23,9 @@ def test_steps_have_goals():
             heads = parameters.get("heads"), parameters.get("shared"), parameters.get("bits")
             named[shape["batch"], shape["keys"], *heads] = goal["cudnn"]
     assert named.pop((16, 131_072, None, None, None)) == 5.0
-    assert named.pop((1, 1 << 20, None, None, None)) == 8.0
+    assert {named.pop((1, 1 << 20, None, None, bits)) for bits in (None, 8)} == {8.0}
     assert named.pop((1, 1 << 20, None, None, 4)) == 14.0
-    assert {named.pop((1, 131_072, None, None, bits)) for bits in (None, 4)} == {3.4}
+    assert {named.pop((1, 131_072, None, None, bits)) for bits in (None, 8, 4)} == {3.4}
     assert len(named) == 12 and set(named.values()) == {1.95, 4.0, 4.5}
     assert decode_cuda.goals({"part": "select"}) == {}
 
@@ -53,6 +54,17 @@ def test_stages_read_what_is_counted(step):
         "step": near + scan + lists,
     }  # fmt: skip
     assert {stage: bench.bytes_of(step, stage) for stage in bench.STAGES} == expected
+
+
+def test_a_refined_step_attends_to_what_it_refines():
+    torch.manual_seed(0)
+    step = Step(1, KEYS, RETRIEVAL, 4, selected=SELECTED, device="cpu")
+    layer = step.q, step.k, step.v, step.retrieval, WINDOW, WINDOW, SINKS, SCALE
+    expected = ops.decode(*layer, *step.refine())[0]
+    assert torch.equal(step.refine_and_attend(), expected)
+    assert not torch.equal(step.attend(), expected)  # 16 bits choose others than 4 do
+    parts = [step.bytes(part) for part in ("near_lse", "refine", "attend")]
+    assert step.bytes("refined step") == sum(parts)
 
 
 def test_a_scan_chooses_nothing(step):
