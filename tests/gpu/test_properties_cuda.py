@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rtpurbo import ops
+from tests.ops import test_attention_properties as attention
 from tests.ops import test_decode_properties as decode
 from tests.ops import test_quantize_index as quantize_index
 from tests.ops import test_refine_properties as refine
@@ -12,6 +13,11 @@ from tests.ops import test_select_tiles_properties as select_tiles
 from tests.ops import test_sparse_decode_properties as sparse_decode
 
 PROPERTIES = [
+    attention.test_attention_equals_the_reference,
+    attention.test_attention_over_block_lists,
+    attention.test_attention_over_a_split_cache,
+    attention.test_near_lse_equals_the_reference,
+    attention.test_nan_and_inf_come_out_where_they_went_in,
     decode.test_decode_equals_the_reference,
     decode.test_decode_without_lists_sees_everything,
     decode.test_decode_over_rings,
@@ -67,5 +73,6 @@ class OnDevice:
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_property_holds_on_cuda(check, cuda_device, monkeypatch):
+    monkeypatch.setattr(attention, "GRADIENTS", False)
     monkeypatch.setitem(check.hypothesis.inner_test.__globals__, "ops", OnDevice(cuda_device))
     check()
