@@ -6,6 +6,7 @@ import json
 import pkgutil
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/TIME.json")
     parser.add_argument("--plot", type=Path, help="also draw times over keys, .png or .svg")
     arguments = parser.parse_args()
-    names = [found for name in arguments.names for found in (name, f"{name}_cuda")]
-    names = [name for name in names if name in BENCHMARKS]
-    unknown = {name for name in arguments.names if not {name, f"{name}_cuda"} & set(BENCHMARKS)}
-    if unknown:
+    named = {n: [m for m in (n, f"{n}_cuda") if m in BENCHMARKS] for n in arguments.names}
+    if unknown := [name for name, found in named.items() if not found]:
         parser.error(
             f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
         )
@@ -104,7 +103,7 @@ def main() -> None:
     output = arguments.output or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     met = {"none"}  # names of baselines
-    for name in names or BENCHMARKS:
+    for name in dict.fromkeys(chain(*named.values())) or BENCHMARKS:
         results = report["results"].setdefault(name, [])
         for result in measured(name, choice, arguments.repeats):
             results.append(result)

@@ -75,8 +75,7 @@ class Step:
     def refine_and_attend(self) -> Tensor:
         """A step with `refine`, in a launch each."""
         self.near = self.near_lse()
-        layer = self.q, self.k, self.v, self.retrieval
-        return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE, *self.refine())[0]
+        return self.attend_to(self.refine())
 
     def scan(self) -> Tensor:
         """The scores of `select` without a choice: p = 1 takes every key, and one has room."""
@@ -105,9 +104,11 @@ class Step:
         return ops.decode(*layer, 1, 1, 0, SCALE, *self.lists)[0]
 
     def attend(self) -> Tensor:
-        return ops.decode(
-            self.q, self.k, self.v, self.retrieval, WINDOW, WINDOW, SINKS, SCALE, *self.lists
-        )[0]
+        return self.attend_to(self.lists)
+
+    def attend_to(self, lists: tuple[Tensor, Tensor]) -> Tensor:
+        layer = self.q, self.k, self.v, self.retrieval
+        return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE, *lists)[0]
 
     @property
     def selects(self) -> bool:

@@ -75,8 +75,8 @@ def prompts(prefill: Prefill) -> list[list[Tensor]]:
 def mask(prefill: Prefill) -> Tensor:
     """Which keys a row sees, [B, 1, N, N]; in padding itself, so that no row is empty."""
     position = torch.arange(prefill.keys, device=prefill.device)
-    start = torch.tensor([prefill.keys - n for n in prefill.lengths], device=prefill.device)
-    real = position >= start[:, None]
+    assert prefill.start is not None
+    real = position >= prefill.start[:, None]
     causal = position[:, None] >= position
     own = torch.eye(prefill.keys, dtype=torch.bool, device=prefill.device)
     return (causal & real[:, None, :] | own)[:, None]

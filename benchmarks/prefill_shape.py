@@ -1,5 +1,6 @@
 """How many prompts of which lengths a prefill is of, and in which type."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from benchmarks.attention import LAYERS, Layer
 from benchmarks.prefill_layer import Prefill
+from benchmarks.registry import Case, Wanted
 
 WIDE = Layer(16, 4, 256, (1, 6, 13))
 
@@ -42,3 +44,19 @@ class Shape:
             rows=self.rows,
             dtype=self.dtype,
         )
+
+
+def by_shape(
+    shapes: Sequence[Shape],
+    parameters_of: Callable[[Shape], list[dict[str, Any]]],
+    cases_at: Callable[[Shape, list[dict[str, Any]]], list[Case]],
+    wanted: Wanted,
+) -> Iterator[list[Case]]:
+    """The wanted cases of each shape, on a GPU."""
+    if not torch.cuda.is_available():
+        return
+    for shape in shapes:
+        chosen = [parameters for parameters in parameters_of(shape) if wanted(parameters)]
+        if chosen:
+            yield cases_at(shape, chosen)
+            torch.cuda.empty_cache()

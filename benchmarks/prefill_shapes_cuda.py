@@ -21,7 +21,7 @@ import torch
 from benchmarks.attention import Layer
 from benchmarks.dense_prefill import cudnn, flash
 from benchmarks.prefill_layer import Prefill
-from benchmarks.prefill_shape import WIDE, Shape
+from benchmarks.prefill_shape import WIDE, Shape, by_shape
 from benchmarks.random_lists import draw_batch
 from benchmarks.registry import Case, Run, Wanted, benchmark
 
@@ -81,10 +81,4 @@ def cases_at(shape: Shape, chosen: list[dict[str, Any]], device: str = "cuda") -
 
 @benchmark
 def prefill_shapes_cuda(wanted: Wanted) -> Iterator[list[Case]]:
-    if not torch.cuda.is_available():
-        return
-    for shape in SHAPES:
-        chosen = [parameters for parameters in parameters_of(shape) if wanted(parameters)]
-        if chosen:
-            yield cases_at(shape, chosen)
-            torch.cuda.empty_cache()
+    return by_shape(SHAPES, parameters_of, cases_at, wanted)

@@ -14,12 +14,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.attention import LAYERS
 from benchmarks.dense_prefill import cudnn
 from benchmarks.prefill_layer import INDEX_DIM, SINKS, Prefill
-from benchmarks.prefill_shape import WIDE, Shape
+from benchmarks.prefill_shape import WIDE, Shape, by_shape
 from benchmarks.random_lists import draw_batch
 from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo.short_inputs.prefill import LISTED_SHARE, PrefillPass, seconds_spared
@@ -101,10 +99,4 @@ def cases_at(shape: Shape, chosen: list[dict[str, Any]], device: str = "cuda") -
 
 @benchmark
 def prefill_short_cuda(wanted: Wanted) -> Iterator[list[Case]]:
-    if not torch.cuda.is_available():
-        return
-    for shape in SHAPES:
-        chosen = [parameters for parameters in parameters_of(shape) if wanted(parameters)]
-        if chosen:
-            yield cases_at(shape, chosen)
-            torch.cuda.empty_cache()
+    return by_shape(SHAPES, parameters_of, cases_at, wanted)

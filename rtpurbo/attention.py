@@ -25,6 +25,7 @@ from transformers.masking_utils import causal_mask_function
 from rtpurbo import ops
 from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer, IndexKeys
 from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
+from rtpurbo.index import LayerIndex
 from rtpurbo.short_inputs import decode_selects, prefill_selects
 from rtpurbo.tiles import MOST_TILE_BLOCKS, TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
 
@@ -224,9 +225,7 @@ def _append(context: LayerContext, cache: HeadwiseLayer, k: Tensor, v: Tensor) -
     if not context.heads:
         cache.append(k, v, None, cache.start)
         return None
-    q_pre, k_pre = context.q_pre, context.k_pre
-    assert q_pre is not None and k_pre is not None
-    index = context.index.to(k.device)
+    q_pre, k_pre, index = _features(context)
     return cache.append_projected(k, v, q_pre, k_pre, index, cache.start)
 
 
@@ -235,13 +234,18 @@ def _project(context: LayerContext) -> tuple[Tensor | None, Tensor | None]:
     used = context.cache is not None or context.state.config.prefill == "sparse"
     if not context.heads or not used:
         return None, None
-    q, k = context.q_pre, context.k_pre
-    assert q is not None and k is not None
-    index = context.index.to(q.device)
+    q, k, index = _features(context)
     with torch.no_grad():
         return ops.index_project(
             q, k, index.w_q, index.w_k, context.heads, index.kv_heads, dtype=INDEX_DTYPE
         )
+
+
+def _features(context: LayerContext) -> tuple[Tensor, Tensor, LayerIndex]:
+    """q and k before RoPE, and the index on their device."""
+    q, k = context.q_pre, context.k_pre
+    assert q is not None and k is not None
+    return q, k, context.index.to(q.device)
 
 
 def _near_lse(

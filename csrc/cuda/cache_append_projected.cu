@@ -1,7 +1,5 @@
 // Few rows are one grid: blocks of the outputs project, the others copy rows, a warp each.
 
-#include <algorithm>
-
 #include "csrc/cuda/cache_append_projected.h"
 #include "csrc/cuda/cache_rows.cuh"
 #include "csrc/cuda/index_project.cuh"
@@ -10,23 +8,17 @@
 namespace rtpurbo::cuda {
 namespace {
 
-constexpr int64_t kMaxGridX = INT32_MAX;
-constexpr int64_t kMaxGridZ = 65535;
 constexpr size_t kMaxParameters = 4096;  // bytes of a kernel's, before CUDA 12.1 and sm_70
 
 using Params = CacheAppendProjectedParams;
 static_assert(sizeof(Params) + 2 * sizeof(bool) <= kMaxParameters);
-
-__host__ __device__ int outputs(const Params& p) {
-  return p.index.q.heads.count + p.index.k.heads.count;
-}
 
 /// `aligned`: load4 may use vectors. `wide`: rows are copied 16 bytes at a time.
 template <typename X, typename W>
 __global__ __launch_bounds__(32 *
                              kFewRowsWarps) void few_rows_kernel(const __grid_constant__ Params p,
                                                                  bool aligned, bool wide) {
-  const int unit = static_cast<int>(blockIdx.y) - outputs(p);
+  const int unit = static_cast<int>(blockIdx.y) - outputs(p.index);
   if (unit < 0) return project_few_rows<X, W>(p.index, aligned);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFewRowsWarps + threadIdx.x / 32;
   if (row >= p.rows.rows) return;
@@ -47,9 +39,8 @@ template <typename X, typename W>
 cudaError_t launch_few_rows(const Params& p, cudaStream_t stream) {
   // A warp an element, of which every row has one at least: enough to copy rows, too.
   const int64_t warps = p.rows.rows * p.index.index_dim;
-  const dim3 grid(static_cast<unsigned>(std::min(divide_up(warps, kFewRowsWarps), kMaxGridX)),
-                  static_cast<unsigned>(outputs(p) + append_units(p.rows)),
-                  static_cast<unsigned>(std::min(p.rows.batch, kMaxGridZ)));
+  const dim3 grid = unit_grid(divide_up(warps, kFewRowsWarps),
+                              outputs(p.index) + append_units(p.rows), p.rows.batch);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   few_rows_kernel<X, W><<<grid, 32 * kFewRowsWarps, 0, stream>>>(
       p, projects_aligned<X, W>(p.index), append_vector_bytes(p.rows) == sizeof(uint4));

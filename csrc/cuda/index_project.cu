@@ -8,9 +8,6 @@
 namespace rtpurbo::cuda {
 namespace {
 
-constexpr int64_t kMaxGridX = INT32_MAX;
-constexpr int64_t kMaxGridZ = 65535;
-
 template <typename X, typename W>
 __global__ __launch_bounds__(32 * kFewRowsWarps) void few_rows_kernel(
     const __grid_constant__ IndexProjectParams p, bool aligned) {
@@ -53,9 +50,7 @@ cudaError_t launch(const IndexProjectParams& p, cudaStream_t stream) {
   const int64_t blocks =
       few ? divide_up(rows * p.index_dim, kFewRowsWarps)
           : divide_up(rows, DotTile::kRows) * divide_up(p.index_dim, DotTile::kColumns);
-  const dim3 grid(static_cast<unsigned>(std::min(blocks, kMaxGridX)),
-                  static_cast<unsigned>(p.q.heads.count + p.k.heads.count),
-                  static_cast<unsigned>(std::min(p.batch, kMaxGridZ)));
+  const dim3 grid = unit_grid(blocks, outputs(p), p.batch);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (few) {
     few_rows_kernel<X, W><<<grid, 32 * kFewRowsWarps, 0, stream>>>(p, aligned);

@@ -1,6 +1,8 @@
 #pragma once
 // Few rows (decode) take one warp an output element, which is all latency.
 
+#include <algorithm>
+
 #include "csrc/cuda/dot_tile.cuh"
 #include "csrc/cuda/index_project.h"
 
@@ -8,6 +10,17 @@ namespace rtpurbo::cuda {
 
 inline constexpr int64_t kFewRows = 16;
 inline constexpr int kFewRowsWarps = 8;
+
+__host__ __device__ inline int outputs(const IndexProjectParams& p) {
+  return p.q.heads.count + p.k.heads.count;
+}
+
+/// `blocks` for each of the units, and as many sequences as fit; the others follow in turns.
+inline dim3 unit_grid(int64_t blocks, int64_t units, int64_t batch) {
+  constexpr int64_t kMaxX = INT32_MAX, kMaxZ = 65535;
+  return {static_cast<unsigned>(std::min(blocks, kMaxX)), static_cast<unsigned>(units),
+          static_cast<unsigned>(std::min(batch, kMaxZ))};
+}
 
 /// The side and the output of it that blockIdx.y stands for.
 struct IndexOutput {

@@ -10,7 +10,6 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/cache_append_projected.h"
-#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #endif
 
@@ -49,21 +48,8 @@ at::Tensor index_slots(const Arguments& a) {
   return a.index_pages.narrow(2, slot_of(a.index_slot, a.append.position), a.append.k.size(2));
 }
 
-at::Tensor cache_append_projected_cpu(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring,
-                                      at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
-                                      at::IntArrayRef full_heads, int64_t position, int64_t sinks,
-                                      const at::Tensor& q_pre, const at::Tensor& k_pre,
-                                      const at::Tensor& w_q, const at::Tensor& w_k,
-                                      at::IntArrayRef q_heads, at::IntArrayRef k_heads,
-                                      at::Tensor& index_pages,
-                                      const std::optional<at::Tensor>& start, int64_t index_slot) {
-  const Arguments a{{k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start},
-                    {"q_pre", "w_q", "q_heads", q_pre, w_q, q_heads},
-                    {"k_pre", "w_k", "k_heads", k_pre, w_k, k_heads},
-                    index_pages,
-                    index_slot};
-  check(a);
-  at::Tensor q_index = empty_projection(a.q, index_pages.scalar_type());
+at::Tensor run_on_cpu(const Arguments& a) {
+  at::Tensor q_index = empty_projection(a.q, a.index_pages.scalar_type());
   project_on_cpu(a.q, q_index);
   project_on_cpu(a.k, index_slots(a));
   append_on_cpu(a.append);
@@ -71,33 +57,35 @@ at::Tensor cache_append_projected_cpu(const at::Tensor& k, const at::Tensor& v, 
 }
 
 #ifdef RTPURBO_WITH_CUDA
-at::Tensor cache_append_projected_cuda(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring,
-                                       at::Tensor& v_ring, at::Tensor& k_pages, at::Tensor& v_pages,
-                                       at::IntArrayRef full_heads, int64_t position, int64_t sinks,
-                                       const at::Tensor& q_pre, const at::Tensor& k_pre,
-                                       const at::Tensor& w_q, const at::Tensor& w_k,
-                                       at::IntArrayRef q_heads, at::IntArrayRef k_heads,
-                                       at::Tensor& index_pages,
-                                       const std::optional<at::Tensor>& start, int64_t index_slot) {
+at::Tensor run_on_cuda(const Arguments& a) {
+  const c10::cuda::CUDAGuard guard(a.append.k.device());
+  at::Tensor q_index = empty_projection(a.q, a.index_pages.scalar_type());
+  at::Tensor start_kept;
+  std::array<at::Tensor, 2> weights_kept;
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_cache_append_projected(
+                              {.index = projection_params(kOp, a.q, a.k, "index_pages", q_index,
+                                                          index_slots(a), weights_kept),
+                               .rows = append_params(kOp, a.append, start_kept)},
+                              c10::cuda::getCurrentCUDAStream()));
+  return q_index;
+}
+#endif
+
+template <at::Tensor (*kRun)(const Arguments&)>
+at::Tensor checked(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_ring, at::Tensor& v_ring,
+                   at::Tensor& k_pages, at::Tensor& v_pages, at::IntArrayRef full_heads,
+                   int64_t position, int64_t sinks, const at::Tensor& q_pre,
+                   const at::Tensor& k_pre, const at::Tensor& w_q, const at::Tensor& w_k,
+                   at::IntArrayRef q_heads, at::IntArrayRef k_heads, at::Tensor& index_pages,
+                   const std::optional<at::Tensor>& start, int64_t index_slot) {
   const Arguments a{{k, v, k_ring, v_ring, k_pages, v_pages, full_heads, position, sinks, start},
                     {"q_pre", "w_q", "q_heads", q_pre, w_q, q_heads},
                     {"k_pre", "w_k", "k_heads", k_pre, w_k, k_heads},
                     index_pages,
                     index_slot};
   check(a);
-  cuda::check_not_double(kOp, "index_pages", index_pages.scalar_type());
-  const c10::cuda::CUDAGuard guard(k.device());
-  at::Tensor q_index = empty_projection(a.q, index_pages.scalar_type());
-  at::Tensor start_kept;
-  std::array<at::Tensor, 2> weights_kept;
-  RTPURBO_CUDA_CHECK(
-      kOp, cuda::launch_cache_append_projected(
-               {.index = projection_params(kOp, a.q, a.k, q_index, index_slots(a), weights_kept),
-                .rows = append_params(kOp, a.append, start_kept)},
-               c10::cuda::getCurrentCUDAStream()));
-  return q_index;
+  return kRun(a);
 }
-#endif
 
 }  // namespace
 
@@ -123,13 +111,9 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       " Tensor q_pre, Tensor k_pre, Tensor w_q, Tensor w_k, int[] q_heads, int[] k_heads,"
       " Tensor(e!) index_pages, Tensor? start=None, int index_slot=-1) -> Tensor q_index");
 }
-TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) {
-  m.impl("cache_append_projected", &cache_append_projected_cpu);
-}
+TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("cache_append_projected", &checked<run_on_cpu>); }
 #ifdef RTPURBO_WITH_CUDA
-TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) {
-  m.impl("cache_append_projected", &cache_append_projected_cuda);
-}
+TORCH_LIBRARY_IMPL(rtpurbo, CUDA, m) { m.impl("cache_append_projected", &checked<run_on_cuda>); }
 #endif
 
 }  // namespace rtpurbo

@@ -59,17 +59,13 @@ Result index_project_cuda(const at::Tensor& q, const at::Tensor& k, const at::Te
                           std::optional<at::ScalarType> dtype) {
   const Sides in = sides(q, k, w_q, w_k, q_heads, k_heads);
   const at::ScalarType out = check(in, dtype);
-  for (const auto& [name, tensor] : {std::pair{"q", &q}, std::pair{"w_q", &w_q}}) {
-    cuda::check_not_double(kOp, name, tensor->scalar_type());
-  }
-  cuda::check_not_double(kOp, "dtype", out);
   const c10::cuda::CUDAGuard guard(q.device());
   Result result{empty_projection(in.q, out), empty_projection(in.k, out)};
   std::array<at::Tensor, 2> weights_kept;
-  RTPURBO_CUDA_CHECK(
-      kOp, cuda::launch_index_project(projection_params(kOp, in.q, in.k, std::get<0>(result),
-                                                        std::get<1>(result), weights_kept),
-                                      c10::cuda::getCurrentCUDAStream()));
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_index_project(
+                              projection_params(kOp, in.q, in.k, "dtype", std::get<0>(result),
+                                                std::get<1>(result), weights_kept),
+                              c10::cuda::getCurrentCUDAStream()));
   return result;
 }
 #endif

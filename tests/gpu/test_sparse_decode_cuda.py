@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from rtpurbo import ops
 from rtpurbo.ops.quantize_index import INDEX_BLOCK
 from rtpurbo.ops.sparse_decode import WORD_KEYS, unpacked
 from tests import reference
+from tests.gpu.kernels import kernels_of
 from tests.gpu.repeats import assert_repeats
 from tests.ops.test_sparse_decode_properties import keys_read, lists_of
 from tests.reference.masks import last_positions, near, visible
@@ -308,13 +308,6 @@ def test_a_nan_among_sifted_keys_selects_all_of_its_head(cuda_device):
     others = [head for head in range(heads) if head != 7]
     for one, other in zip((out, lse, selected, counts, mass), clean, strict=True):
         assert torch.equal(one[:, others], other[:, others])
-
-
-def kernels_of(step: Callable[[], object]) -> list[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, "bfloat16"), (128, "float16"), (256, "bfloat16")])

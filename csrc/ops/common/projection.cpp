@@ -66,10 +66,12 @@ void project_on_cpu(const Projection& side, const at::Tensor& out) {
 
 #ifdef RTPURBO_WITH_CUDA
 cuda::IndexProjectParams projection_params(const char* op, const Projection& q, const Projection& k,
-                                           const at::Tensor& q_out, const at::Tensor& k_out,
+                                           const char* out_name, const at::Tensor& q_out,
+                                           const at::Tensor& k_out,
                                            std::array<at::Tensor, 2>& weights_kept) {
   cuda::check_not_double(op, q.x_name, q.x.scalar_type());
   cuda::check_not_double(op, q.w_name, q.w.scalar_type());
+  cuda::check_not_double(op, out_name, q_out.scalar_type());
   weights_kept = {q.w.contiguous(), k.w.contiguous()};
   const auto side = [&](const Projection& from, const at::Tensor& weights, const at::Tensor& out) {
     return cuda::IndexProjectSide{.x = heads_view(from.x),

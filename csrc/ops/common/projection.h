@@ -29,9 +29,11 @@ at::Tensor empty_projection(const Projection& side, at::ScalarType dtype);
 void project_on_cpu(const Projection& side, const at::Tensor& out);
 
 #ifdef RTPURBO_WITH_CUDA
-/// Kernel parameters; `weights_kept` keeps what they point into. Refuses float64.
+/// Kernel parameters; `weights_kept` keeps what they point into. Refuses float64; `out_name` is
+/// what the outputs' dtype comes from.
 cuda::IndexProjectParams projection_params(const char* op, const Projection& q, const Projection& k,
-                                           const at::Tensor& q_out, const at::Tensor& k_out,
+                                           const char* out_name, const at::Tensor& q_out,
+                                           const at::Tensor& k_out,
                                            std::array<at::Tensor, 2>& weights_kept);
 #endif
 
