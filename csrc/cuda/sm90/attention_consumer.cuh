@@ -1,6 +1,8 @@
 #pragma once
-// A warpgroup computes 64 rows of each tile. While it runs the softmax of one block, the tensor
-// cores multiply the values of the block before and then serve the other warpgroup.
+// A warpgroup computes 64 rows of each tile, with the keys of its team. While it runs the softmax
+// of one block, the tensor cores multiply the values of the block before and then serve the others.
+
+#include <type_traits>
 
 #include "csrc/cuda/sm90/attention_poison.cuh"
 #include "csrc/cuda/sm90/attention_products.cuh"
@@ -11,23 +13,36 @@ namespace rtpurbo::cuda::sm90 {
 template <typename T, int kDim, bool kValues>
 struct Consumer {
   using Memory = Shared<kDim>;
-  using Place = RingPlace<Memory::kStages>;
+  using Ring = std::remove_reference_t<decltype(Memory::rings[0])>;
+  using Place = RingPlace<Ring::kSize>;
+  static constexpr int kTeams = Memory::kTeams;
   static constexpr int kKeys = Memory::kKeys;
   static constexpr int kBoxes = kKeys / kBoxRows;
   static constexpr int kPanelBytes = kBoxes * kBoxBytes;
 
   const AttentionParams& params;
   Memory& shared;
+  Ring& ring;          // of the team
   const float factor;  // scale log2(e)
-  const int warpgroup;
-  const int row;  // the first of the thread's two rows in the tile; the other is 8 below
+  const int team;
+  const int warpgroup;  // of the team
+  const int row;        // the first of the thread's two rows in the tile; the other is 8 below
   Place stage;
 
-  // At 256 they do not fit into registers; without values ptxas serialises such products (C7511).
-  Queries<kDim, kValues && kDim <= 128> queries;
+  // At 256, and for two teams, they do not fit into registers; without values ptxas serialises such
+  // products (C7511).
+  Queries<kDim, kValues && kDim == 128> queries;
   float scores[kKeys / 2];
   uint32_t weights[kKeys / kStep][4];
   Rows<T, kDim> rows;
+
+  // Named barriers: 0 is that of all threads, then those of turns, then those of one warpgroup.
+  __device__ ptx::NamedBarrier turn_of(int warpgroup) const {
+    return {1 + team * kConsumers + warpgroup, kConsumers * kWarpgroup};
+  }
+  __device__ ptx::NamedBarrier of_warpgroup() const {
+    return {1 + (kTeams + team) * kConsumers + warpgroup, kWarpgroup};
+  }
 
   /// Without values the two take turns in starting their products. With values the tensor cores are
   /// busier, by 2 to 3 %, where they come as they are ready; only the compiler keeps them in order.
@@ -35,25 +50,32 @@ struct Consumer {
     if constexpr (kValues) {
       asm volatile("" ::: "memory");
     } else {
-      ptx::NamedBarrier{1 + warpgroup, kConsumers * kWarpgroup}.sync();
+      turn_of(warpgroup).sync();
     }
   }
   __device__ void pass_turn() const {
     if constexpr (kValues) {
       asm volatile("" ::: "memory");
     } else {
-      ptx::NamedBarrier{1 + (warpgroup ^ 1), kConsumers * kWarpgroup}.arrive();
+      turn_of(warpgroup ^ 1).arrive();
     }
   }
 
   __device__ Place await_stage() {
     const Place place = stage;
-    shared.stage_full[place.index].wait(place.parity);
+    ring.full[place.index].wait(place.parity);
     stage.advance();
     return place;
   }
   __device__ void release(const Place& place) {
-    if (threadIdx.x % 32 == 0) shared.stage_empty[place.index].arrive();
+    if (threadIdx.x % 32 == 0) ring.empty[place.index].arrive();
+  }
+
+  /// The same once a sum of weights, 0 or more, is known: ptxas moves the softmax behind the wait
+  /// for the products that it should overlap, but no arrival. Only a single team gains by it.
+  __device__ void release_after(const Place& place, float sum) {
+    const uint32_t sign = __float_as_uint(fmaxf(sum, 0.0f)) >> 31;
+    if (threadIdx.x % 32 == 0) ring.empty[place.index + sign].arrive();
   }
 
   /// The first kWidth scores of each row.
@@ -70,13 +92,13 @@ struct Consumer {
     }
   }
 
-  /// scores = Q K^T for kWidth keys from a box of the next stage on.
+  /// scores = Q K^T for kWidth keys from a box of a stage on.
   template <int kWidth>
   __device__ __forceinline__ void find_scores(int box) {
     const Place keys = await_stage();
     await_turn();
     multiply_keys<T, kWidth>(first_scores<kWidth>(), queries,
-                             shared.stages[keys.index] + box * kBoxBytes, kPanelBytes);
+                             ring.stages[keys.index] + box * kBoxBytes, kPanelBytes);
     pass_turn();
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
@@ -93,14 +115,13 @@ struct Consumer {
     if constexpr (kValues) {
       rows.decay_out();
       const Place values = await_stage();
-      const auto& bytes = shared.stages[values.index];
-      const ptx::NamedBarrier barrier{1 + kConsumers + warpgroup, kWarpgroup};
-      if (is_poisoned<T>(bytes, barrier)) {
-        add_seen_values<T, kWidth, kDim>(rows.out, first_scores<kWidth>(), bytes + box * kBoxBytes,
-                                         kPanelBytes, block, position + row);
+      const unsigned char* bytes = ring.stages[values.index] + box * kBoxBytes;
+      if (is_poisoned<T, kWidth, kDim>(bytes, kPanelBytes, of_warpgroup())) {
+        add_seen_values<T, kWidth, kDim>(rows.out, first_scores<kWidth>(), bytes, kPanelBytes,
+                                         block, position + row);
       } else {
         pack_weights<kWidth>();
-        multiply_values<T, kWidth, kDim>(rows.out, weights, bytes + box * kBoxBytes, kPanelBytes);
+        multiply_values<T, kWidth, kDim>(rows.out, weights, bytes, kPanelBytes);
         ptx::wgmma_wait<0>();
         ptx::pin(rows.out);
       }
@@ -109,18 +130,33 @@ struct Consumer {
     }
   }
 
-  /// A masked block; of its two boxes only one where this warpgroup's rows see no more.
+  /// A block of which this warpgroup's rows see nothing.
+  __device__ __forceinline__ void skip_step() {
+#pragma unroll
+    for (int i = 0; i < (kValues ? 2 : 1); ++i) {
+      const Place place = await_stage();
+      await_turn();
+      pass_turn();
+      release(place);
+    }
+  }
+
+  /// A masked block; of its boxes only those of which this warpgroup's rows see something.
   __device__ __forceinline__ void masked_step(const KeyBlock<kBoxes>& block, int position) {
+    const int first = position + warpgroup * kConsumerRows;
+    const auto seen = [&](int box) {
+      return block.begin[box] <= block.last_seen(first + kConsumerRows - 1) &&
+             block.begin[box] + kBoxRows > block.first_seen(first);
+    };
     if constexpr (kBoxes == 1) {
-      masked_part<kKeys>(block, 0, position);
+      if (seen(0)) {
+        masked_part<kKeys>(block, 0, position);
+      } else {
+        skip_step();
+      }
     } else {
-      const int first = position + warpgroup * kConsumerRows;
-      const auto seen = [&](int begin) {
-        return begin <= block.last_seen(first + kConsumerRows - 1) &&
-               begin + kBoxRows > block.first_seen(first);
-      };
-      const bool second = seen(block.begin[1]);
-      if (second && seen(block.begin[0])) {
+      const bool second = seen(1);
+      if (second && seen(0)) {
         masked_part<kKeys>(block, 0, position);
       } else {
         masked_part<kBoxRows>({.begin = {second ? block.begin[1] : block.begin[0]},
@@ -151,14 +187,15 @@ struct Consumer {
     for (int i = 1; i < count; ++i) {
       const Place keys = await_stage();
       await_turn();
-      multiply_keys<T, kKeys>(scores, queries, shared.stages[keys.index], kPanelBytes);
+      multiply_keys<T, kKeys>(scores, queries, ring.stages[keys.index], kPanelBytes);
       const Place values = await_stage();
-      multiply_values<T, kKeys, kDim>(rows.out, weights, shared.stages[values.index], kPanelBytes);
+      multiply_values<T, kKeys, kDim>(rows.out, weights, ring.stages[values.index], kPanelBytes);
       pass_turn();
       ptx::wgmma_wait<1>();
       ptx::pin(scores);
-      release(keys);
+      if constexpr (kTeams > 1) release(keys);
       rows.soften(scores, factor);
+      if constexpr (kTeams == 1) release_after(keys, rows.sum[0] + rows.sum[1]);
       ptx::wgmma_wait<0>();
       ptx::pin(rows.out);
       release(values);
@@ -166,10 +203,45 @@ struct Consumer {
       pack_weights<kKeys>();
     }
     const Place values = await_stage();
-    multiply_values<T, kKeys, kDim>(rows.out, weights, shared.stages[values.index], kPanelBytes);
+    multiply_values<T, kKeys, kDim>(rows.out, weights, ring.stages[values.index], kPanelBytes);
     ptx::wgmma_wait<0>();
     ptx::pin(rows.out);
     release(values);
+  }
+
+  /// For the other team, which stores the rows of this tile.
+  __device__ __forceinline__ void hand_over() {
+    auto& exchange = shared.exchange[warpgroup];
+    const int thread = threadIdx.x % kWarpgroup;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      exchange.maximum[h][thread] = rows.maximum[h];
+      exchange.sum[h][thread] = rows.sum[h];
+    }
+    if constexpr (kValues) {
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) exchange.out[i][thread] = rows.out[i];
+    }
+    exchange.full.arrive();
+  }
+
+  /// Adds what the other team found; this one is the next to write there, for the next tile.
+  __device__ __forceinline__ void take_over(uint32_t parity) {
+    auto& exchange = shared.exchange[warpgroup];
+    const int thread = threadIdx.x % kWarpgroup;
+    exchange.full.wait(parity);
+    float share[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      share[h] = rows.add(h, exchange.maximum[h][thread], exchange.sum[h][thread], factor);
+    }
+    if constexpr (kValues) {
+      rows.decay_out();
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) {
+        rows.out[i] = fmaf(exchange.out[i][thread], share[i / 2 % 2], rows.out[i]);
+      }
+    }
   }
 
   __device__ __forceinline__ void run() {
@@ -182,16 +254,28 @@ struct Consumer {
       queries.load(shared.queries[tile.index] + warpgroup * Memory::kPanels * kBoxBytes,
                    threadIdx.x % kWarpgroup);
       rows.clear();
-      const int masked = work.blocks.masked;
-      const int total = work.blocks.total;
+      const int first = first_block<kDim>(team, tile.index);
+      const auto mine = [&](int count) { return (count - first + kTeams - 1) / kTeams; };
+      const int masked = mine(work.blocks.masked);
+      const int full = mine(work.blocks.total) - masked;
 #pragma unroll 1
-      for (int i = 0; i < masked; ++i) masked_step(work.blocks.at(i), work.position);
-      if constexpr (!kValues) {
-        score_full(total - masked);
-      } else if (masked < total) {
-        attend_full(total - masked);
+      for (int i = 0; i < masked; ++i) {
+        masked_step(work.blocks.at(i * kTeams + first), work.position);
       }
-      rows.template store<kValues>(params, work, row);
+      if constexpr (!kValues) {
+        score_full(full);
+      } else if (full > 0) {
+        attend_full(full);
+      }
+      if constexpr (kTeams > 1) {
+        static_assert(Memory::kTiles == 2);  // the place of a tile is the parity of its number
+        if (first == 0) {
+          hand_over();
+        } else {
+          take_over(tile.index);
+        }
+      }
+      if (kTeams == 1 || first == 1) rows.template store<kValues>(params, work, row);
       shared.queries_empty[tile.index].arrive();  // by every thread: each has read the work
       tile.advance();
     }

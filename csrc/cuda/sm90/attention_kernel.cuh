@@ -1,6 +1,6 @@
 #pragma once
-// The kernel of attention on sm_90: a warpgroup that copies, two that compute, until the queue of
-// row tiles is empty.
+// The kernel of attention on sm_90: a warpgroup that copies, and one or two teams of two that
+// compute, until the queue of row tiles is empty.
 
 #include "csrc/cuda/ptx/setmaxnreg.cuh"
 #include "csrc/cuda/sm90/attention_consumer.cuh"
@@ -9,39 +9,55 @@
 namespace rtpurbo::cuda::sm90 {
 
 template <typename T, int kDim, bool kValues>
-__global__ __launch_bounds__(kBlockThreads, 1) void attention_kernel(
+__global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
     const __grid_constant__ AttentionParams params, const __grid_constant__ AttentionMaps maps,
     const __grid_constant__ WorkQueue queue) {
   using Memory = Shared<kDim>;
+  constexpr int kTeams = Teams<kDim>::kCount;
   extern __shared__ unsigned char unaligned[];
   const uint32_t padding = -ptx::shared_address(unaligned) % alignof(Memory);
   Memory& shared = *reinterpret_cast<Memory*>(unaligned + padding);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Memory::kTiles; ++i) {
+      shared.work_full[i].init(1);
       shared.queries_full[i].init(1);
-      shared.queries_empty[i].init(kConsumers * kWarpgroup);
+      // Behind it all consumers are done with the work, and the producers that only read it.
+      shared.queries_empty[i].init(kBlockThreads<kDim> - kWarpgroup + kTeams - 1);
     }
-    for (int i = 0; i < Memory::kStages; ++i) {
-      shared.stage_full[i].init(1);
-      shared.stage_empty[i].init(kConsumerWarps);
+    for (auto& ring : shared.rings) {
+      for (int i = 0; i < ring.kSize; ++i) {
+        ring.full[i].init(1);
+        ring.empty[i].init(kConsumerWarps);
+      }
+    }
+    if constexpr (kTeams > 1) {
+      for (auto& exchange : shared.exchange) exchange.full.init(kWarpgroup);
     }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  if (threadIdx.x < kWarpgroup) {
-    ptx::release_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      Producer<kDim, kValues>{.maps = maps, .shared = shared, .stage = {}}.run(params, queue);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kWarpgroup) {
+    ptx::release_registers<Teams<kDim>::kProducerRegisters>();
+    const int team = kTeams == 1 ? 0 : thread / 32;
+    if (thread == 32 * team && team < kTeams) {
+      Producer<kDim, kValues>{
+          .maps = maps, .shared = shared, .ring = shared.rings[team], .team = team, .place = {}}
+          .run(params, queue);
     }
   } else {
-    ptx::take_registers<kConsumerRegisters>();
-    const int warp = threadIdx.x / 32 - kWarpgroup / 32;
-    Consumer<T, kDim, kValues> consumer{.params = params,
-                                        .shared = shared,
-                                        .factor = params.scale * kLog2E,
-                                        .warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup - 1,
-                                        .row = warp * 16 + static_cast<int>(threadIdx.x) % 32 / 4};
-    consumer.run();
+    ptx::take_registers<Teams<kDim>::kConsumerRegisters>();
+    const int consumer = thread / kWarpgroup - 1;
+    const int team = kTeams == 1 ? 0 : consumer / kConsumers;
+    const int warp = thread / 32 - (1 + team * kConsumers) * (kWarpgroup / 32);
+    Consumer<T, kDim, kValues>{.params = params,
+                               .shared = shared,
+                               .ring = shared.rings[team],
+                               .factor = params.scale * kLog2E,
+                               .team = team,
+                               .warpgroup = consumer - team * kConsumers,
+                               .row = warp * 16 + thread % 32 / 4}
+        .run();
   }
 }
 
@@ -61,7 +77,7 @@ cudaError_t launch(const AttentionParams& params, const AttentionMaps& maps, con
       error != cudaSuccess) {
     return error;
   }
-  kernel<<<blocks, kBlockThreads, kBytes, stream>>>(params, maps, queue);
+  kernel<<<blocks, kBlockThreads<kDim>, kBytes, stream>>>(params, maps, queue);
   return cudaGetLastError();
 }
 

@@ -8,18 +8,21 @@
 
 namespace rtpurbo::cuda::sm90 {
 
-/// Whether a value of the stage is poisoned; called by a whole warpgroup.
-template <typename T, int kBytes>
-__device__ __forceinline__ bool is_poisoned(const unsigned char (&stage)[kBytes],
+/// Whether one of kWidth keys has a poisoned value; called by a whole warpgroup.
+template <typename T, int kWidth, int kDim>
+__device__ __forceinline__ bool is_poisoned(const unsigned char* values, int panel_bytes,
                                             const ptx::NamedBarrier& barrier) {
   constexpr uint32_t kInfinity = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
-  const uint4* chunks = reinterpret_cast<const uint4*>(stage);
   uint32_t top = 0;  // the largest magnitudes: they order as integers do
+#pragma unroll
+  for (int panel = 0; panel < kDim / kBoxColumns; ++panel) {
+    const uint4* chunks = reinterpret_cast<const uint4*>(values + panel * panel_bytes);
 #pragma unroll 4
-  for (int i = threadIdx.x % kWarpgroup; i < kBytes / 16; i += kWarpgroup) {
-    const uint4 chunk = chunks[i];
-    top = __vimax3_u16x2(top, chunk.x & 0x7fff7fff, chunk.y & 0x7fff7fff);
-    top = __vimax3_u16x2(top, chunk.z & 0x7fff7fff, chunk.w & 0x7fff7fff);
+    for (int i = threadIdx.x % kWarpgroup; i < kWidth * kBoxColumns * 2 / 16; i += kWarpgroup) {
+      const uint4 chunk = chunks[i];
+      top = __vimax3_u16x2(top, chunk.x & 0x7fff7fff, chunk.y & 0x7fff7fff);
+      top = __vimax3_u16x2(top, chunk.z & 0x7fff7fff, chunk.w & 0x7fff7fff);
+    }
   }
   return barrier.any((top & 0xffff) >= kInfinity || top >> 16 >= kInfinity);
 }

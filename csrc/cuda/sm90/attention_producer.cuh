@@ -1,6 +1,9 @@
 #pragma once
-// One thread takes row tiles off the queue and starts all copies, in the order in which the
-// consumers need them: K and V of each masked block; then K of a block before V of the last.
+// A thread takes row tiles off the queue, and one of each team starts its copies: of every so many
+// blocks, in the order in which they are needed: K and V of each masked block; then K of a block
+// before V of the last.
+
+#include <type_traits>
 
 #include "csrc/cuda/ptx/tma.cuh"
 #include "csrc/cuda/sm90/attention_maps.h"
@@ -42,9 +45,14 @@ struct Producer {
   static constexpr int kKeys = Memory::kKeys;
   static constexpr int kBoxes = kKeys / kBoxRows;
 
+  static constexpr int kTeams = Memory::kTeams;
+  using Ring = std::remove_reference_t<decltype(Memory::rings[0])>;
+
   const AttentionMaps& maps;
   Memory& shared;
-  RingPlace<Memory::kStages> stage;
+  Ring& ring;  // of the team
+  const int team;
+  RingPlace<Ring::kSize> place;
 
   __device__ void load_queries(const Work<kKeys>& work, int tile) {
     ptx::Mbarrier& full = shared.queries_full[tile];
@@ -60,33 +68,35 @@ struct Producer {
 
   __device__ void load_keys(const CUtensorMap& map, const Work<kKeys>& work,
                             const KeyBlock<kBoxes>& block) {
-    shared.stage_empty[stage.index].wait(stage.parity ^ 1);
-    ptx::Mbarrier& full = shared.stage_full[stage.index];
-    full.arrive_expect(Memory::kStageBytes);
+    ring.empty[place.index].wait(place.parity ^ 1);
+    ptx::Mbarrier& full = ring.full[place.index];
+    full.arrive_expect(Ring::kBytes);
 #pragma unroll
     for (int panel = 0; panel < Memory::kPanels; ++panel) {
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) {
-        ptx::load_box(shared.stages[stage.index] + (panel * kBoxes + box) * kBoxBytes, map,
+        ptx::load_box(ring.stages[place.index] + (panel * kBoxes + box) * kBoxBytes, map,
                       panel * kBoxColumns, block.begin[box], work.job.kv_head, work.batch, full);
       }
     }
-    stage.advance();
+    place.advance();
   }
 
-  __device__ void load_tile(const Work<kKeys>& work) {
+  /// The team's blocks of a tile, the first of them given.
+  __device__ void load_tile(const Work<kKeys>& work, int first) {
     const CUtensorMap& k_map = work.job.from_local ? maps.k_local : maps.k;
     const CUtensorMap& v_map = work.job.from_local ? maps.v_local : maps.v;
     const KeyBlocks<kKeys>& blocks = work.blocks;
-    for (int i = 0; i < blocks.masked; ++i) {
+    int i = first;
+    for (; i < blocks.masked; i += kTeams) {
       const KeyBlock<kBoxes> block = blocks.at(i);
       load_keys(k_map, work, block);
       if constexpr (kValues) load_keys(v_map, work, block);
     }
-    if (blocks.masked == blocks.total) return;
-    KeyBlock<kBoxes> block = blocks.at(blocks.masked);
+    if (i >= blocks.total) return;
+    KeyBlock<kBoxes> block = blocks.at(i);
     load_keys(k_map, work, block);
-    for (int i = blocks.masked + 1; i < blocks.total; ++i) {
+    for (i += kTeams; i < blocks.total; i += kTeams) {
       const KeyBlock<kBoxes> next = blocks.at(i);
       load_keys(k_map, work, next);
       if constexpr (kValues) load_keys(v_map, work, block);
@@ -95,20 +105,28 @@ struct Producer {
     if constexpr (kValues) load_keys(v_map, work, block);
   }
 
+  /// The first team's thread finds the work of all.
   __device__ void run(const AttentionParams& params, const WorkQueue& queue) {
     RingPlace<Memory::kTiles> tile;
     uint32_t item = blockIdx.x;
     while (true) {
       Work<kKeys>& work = shared.work[tile.index];
-      shared.queries_empty[tile.index].wait(tile.parity ^ 1);
-      find_work(params, queue, item, work);
-      if (work.height == 0) {
-        shared.queries_full[tile.index].arrive();
-        return;
+      if (kTeams == 1 || team == 0) {
+        shared.queries_empty[tile.index].wait(tile.parity ^ 1);
+        find_work(params, queue, item, work);
+        if constexpr (kTeams > 1) shared.work_full[tile.index].arrive();
+        if (work.height == 0) {
+          shared.queries_full[tile.index].arrive();
+          return;
+        }
+        load_queries(work, tile.index);
+        item = gridDim.x + atomicAdd(params.ticket_ptr, 1u);
+      } else {
+        shared.work_full[tile.index].wait(tile.parity);
+        if (work.height == 0) return;
       }
-      load_queries(work, tile.index);
-      item = gridDim.x + atomicAdd(params.ticket_ptr, 1u);
-      load_tile(work);
+      load_tile(work, first_block<kDim>(team, tile.index));
+      if (kTeams > 1 && team > 0) shared.queries_empty[tile.index].arrive();
       tile.advance();
     }
   }

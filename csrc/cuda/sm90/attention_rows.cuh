@@ -83,6 +83,17 @@ struct Rows {
     }
   }
 
+  /// Adds what was found for row h with other keys; returns by what its output decays.
+  __device__ __forceinline__ float add(int h, float other, float other_sum, float factor) {
+    const float top = fmaxf(maximum[h], other);
+    const float shift = softmax_shift(top) * factor;
+    decay[h] = fast_exp2(maximum[h] * factor - shift);
+    const float share = fast_exp2(other * factor - shift);
+    maximum[h] = top;
+    sum[h] = sum[h] * decay[h] + other_sum * share;
+    return share;
+  }
+
   /// Once nothing is being added to the output.
   __device__ __forceinline__ void decay_out() {
 #pragma unroll

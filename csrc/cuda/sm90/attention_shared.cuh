@@ -1,5 +1,5 @@
 #pragma once
-// What the producer and the consumers of an attention block share: sizes, buffers, barriers.
+// Sizes, buffers and barriers of an attention block.
 
 #include "csrc/cuda/ptx/mbarrier.cuh"
 #include "csrc/cuda/sm90/key_blocks.cuh"
@@ -10,10 +10,32 @@ inline constexpr int kWarpgroup = 128;
 inline constexpr int kConsumers = 2;  // warpgroups, of 64 rows each
 inline constexpr int kConsumerRows = kTileRows / kConsumers;
 inline constexpr int kConsumerWarps = kConsumers * 4;
-inline constexpr int kBlockThreads = (1 + kConsumers) * kWarpgroup;
-// Of 168 a thread at the start, as 384 threads share 64K registers.
-inline constexpr int kProducerRegisters = 40;
-inline constexpr int kConsumerRegisters = 232;
+
+/// Teams of warpgroups with the same rows, each with every so many blocks of keys, and how they
+/// share the 64K registers of a multiprocessor. Heads of 64 columns have short products and as long
+/// a softmax as any: it takes two teams to keep the tensor cores busy.
+template <int kDim>
+struct Teams {
+  static constexpr int kCount = 1;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+};
+template <>
+struct Teams<64> {
+  static constexpr int kCount = 2;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = 112;
+};
+
+template <int kDim>
+inline constexpr int kBlockThreads = (1 + Teams<kDim>::kCount * kConsumers) * kWarpgroup;
+
+/// The first block of a team, in the tile at a place: two take turns in storing the rows, which
+/// falls to the one that has the second block, and so never the more.
+template <int kDim>
+__device__ int first_block(int team, int place) {
+  return Teams<kDim>::kCount == 1 ? 0 : team ^ place ^ 1;
+}
 
 /// A row tile of one query head and the keys that it sees.
 template <int kKeys>
@@ -26,25 +48,47 @@ struct Work {
   KeyBlocks<kKeys> blocks;
 };
 
+/// Keys and values on their way to a team.
+template <int kStages, int kStageBytes>
+struct Ring {
+  static constexpr int kSize = kStages;
+  static constexpr int kBytes = kStageBytes;
+
+  /// Panels of 64 columns of all keys of a block.
+  alignas(1024) unsigned char stages[kStages][kStageBytes];
+  ptx::Mbarrier full[kStages];
+  ptx::Mbarrier empty[kStages];
+};
+
+/// What each thread of a warpgroup found for its rows, for the other team that stores them.
+template <int kDim, int kTeams>
+struct Exchange {};
+template <int kDim>
+struct Exchange<kDim, 2> {
+  float out[kDim / 2][kWarpgroup];
+  float maximum[2][kWarpgroup];
+  float sum[2][kWarpgroup];
+  ptx::Mbarrier full;
+};
+
 template <int kHeadDim>
 struct Shared {
   static constexpr int kDim = kHeadDim;
-  static constexpr int kKeys = kDim <= 128 ? 128 : 64;
+  static constexpr int kTeams = Teams<kDim>::kCount;
+  static constexpr int kKeys = kDim == 128 ? 128 : 64;  // whose scores fit into registers
   static constexpr int kPanels = kDim / kBoxColumns;
   static constexpr int kQueryBytes = kTileRows * kDim * 2;
-  static constexpr int kStageBytes = kKeys * kDim * 2;
   // A second tile of queries loads while the first is worked on, where it fits.
   static constexpr int kTiles = kDim <= 128 ? 2 : 1;
-  static constexpr int kStages = kDim == 64 ? 8 : 5;
 
-  /// Panels of 64 columns; in queries those of 64 rows by warpgroup, in stages those of all keys.
+  /// Panels of 64 columns of 64 rows, by warpgroup.
   alignas(1024) unsigned char queries[kTiles][kQueryBytes];
-  alignas(1024) unsigned char stages[kStages][kStageBytes];
+  Ring<kDim == 64 ? 8 : 5, kKeys * kDim * 2> rings[kTeams];
   ptx::Mbarrier queries_full[kTiles];
   ptx::Mbarrier queries_empty[kTiles];
-  ptx::Mbarrier stage_full[kStages];
-  ptx::Mbarrier stage_empty[kStages];
+  ptx::Mbarrier work_full[kTiles];
   Work<kKeys> work[kTiles];
+  Exchange<kDim, kTeams> exchange[kConsumers];
 };
 
 /// A place in a ring of buffers, and the parity of the phase that its barriers are in.
