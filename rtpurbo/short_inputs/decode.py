@@ -1,6 +1,6 @@
 """The short-input rule of a decode step.
 
-Its constants were measured on an H200, those of the sieve on an H100.
+Its constants were measured on an H200, those of the sieve and of refined scores on an H100.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ SPARED_BYTES = 1 << 27
 """What a selection must spare a decode step to read: the time of its stages, 30 to 45 us."""
 SCORE_BYTES = 32
 """What a decode step reads while it ranks one score of a retrieval head, the index key aside."""
+REFINED_SCORE_BYTES = 52
+"""The same where what it selects is scored again."""
 SIFTED_SCORES = 1 << 23
 """Of all retrieval heads, from which on `sparse_decode` has a sieve (csrc/cuda/select/plan.h)."""
 SIFTED_KEYS = 1 << 15
@@ -48,9 +50,10 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
     # What `sparse_decode` does in one launch; see csrc/cuda/sparse_decode.cu.
     fused = q.element_size() == 2 and dim in (64, 128, 256) and config.index_dim == FAST_INDEX_DIM
     one_launch = fused and not config.refine
+    score = REFINED_SCORE_BYTES if config.refine else SCORE_BYTES
     by_keys = config.block_size == 1 and config.index == "beyond_window"
     sifts = one_launch and by_keys and config.near_window >= 64 and dim <= 128
-    return fewest_to_select_from(batch, heads, read, index, floor, one_launch, sifts)
+    return fewest_to_select_from(batch, heads, read, index, floor, one_launch, sifts, score)
 
 
 def fewest_to_select_from(
@@ -61,20 +64,22 @@ def fewest_to_select_from(
     floor: int,
     one_launch: bool = True,
     sifts: bool = False,
+    score: int = SCORE_BYTES,
 ) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
     `read`: bytes a far key of keys and values; `index`: those of its index keys;
     `floor`: bytes of keys and values that a retrieval head reads at least; `one_launch`: instead of
-    one for each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores.
+    one for each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores;
+    `score`: bytes that a head's score stands for otherwise.
     """
     least = SPARED_BYTES * (1 if one_launch else 2) + batch * heads * floor
 
-    def fewest(least: int, score: int) -> int:
-        spared = batch * (read - index - heads * score)
+    def fewest(least: int, ranked: int) -> int:
+        spared = batch * (read - index - heads * ranked)
         return least // spared + 1 if spared > 0 else sys.maxsize
 
-    plain = fewest(least, SCORE_BYTES)
+    plain = fewest(least, score)
     if not sifts:
         return plain
     sifted = fewest(least + SIFTING_BYTES, SIFTED_SCORE_BYTES)

@@ -8,6 +8,7 @@ import torch
 import rtpurbo
 from rtpurbo.patching import state
 from rtpurbo.short_inputs.decode import (
+    REFINED_SCORE_BYTES,
     SCORE_BYTES,
     SIFTED_SCORE_BYTES,
     SIFTED_SCORES,
@@ -52,11 +53,11 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
     spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
     listed = 2 * 3 * 1000 * 2 * 128 * 2
     assert (least - 1) * spared <= 2 * SPARED_BYTES + listed < least * spared
-    for refine, launches in ((False, 1), (True, 2)):
+    for refine, launches, score in ((False, 1, SCORE_BYTES), (True, 2, REFINED_SCORE_BYTES)):
         wider = dict(index_bits=8, index_dim=16, min_tokens=1000, refine=refine)
         context = state(rtpurbo.sparsify(tiny(), config(**wider))).layers[0]
         least = fewest_far_keys(context, q)
-        spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + SCORE_BYTES))
+        spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + score))
         assert (least - 1) * spared <= launches * SPARED_BYTES + listed < least * spared
     q.device = torch.device("cpu")
     assert fewest_far_keys(context, q) == 1
@@ -76,6 +77,21 @@ def test_a_sieve_serves_many_heads(bits, keys, speed):
     row = 2 * 128 * 2
     shape = 1, 32, 4 * row, 32 * 16 * bits // 8, 8192 * row
     assert (keys >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
+
+
+@pytest.mark.parametrize(
+    "heads, keys, speed",
+    [
+        (5, 131_072, 0.84), (5, 1_048_576, 4.37), (32, 131_072, 0.40), (32, 262_144, 0.51),
+        (32, 524_288, 0.63), (32, 1_048_576, 0.79),
+    ],
+)  # fmt: skip
+def test_refined_scores_cost_more(heads, keys, speed):
+    """`speed`: with 4 bits, of 5 or 32 of 32 heads against reading every key, on an H100."""
+    row = 2 * 128 * 2
+    shape = 1, heads, 4 * row, heads * 16 * 4 // 8, 8192 * row
+    fewest = fewest_to_select_from(*shape, one_launch=False, score=REFINED_SCORE_BYTES)
+    assert (keys - 8192 >= fewest) == (speed > 1)
 
 
 def test_a_sieve_is_for_many_scores():
