@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.attention import LAYERS
 from benchmarks.dense_prefill import cudnn
-from benchmarks.prefill_layer import INDEX_DIM, SINKS, Prefill
+from benchmarks.prefill_layer import SINKS, Prefill
 from benchmarks.prefill_shape import WIDE, Shape, by_shape
 from benchmarks.random_lists import draw_batch
 from benchmarks.registry import Case, Run, Wanted, benchmark
@@ -75,7 +75,6 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], baselines: dict[str, R
             near=near + SINKS,
             window=window + SINKS,
             dim=prefill.layer.dim,
-            index_dim=INDEX_DIM,
             beyond_window=recent is None,
         )
     )

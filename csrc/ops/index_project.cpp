@@ -12,7 +12,6 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/index_project.h"
-#include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #endif
 

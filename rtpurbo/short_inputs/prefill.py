@@ -2,8 +2,7 @@
 lists and their selection.
 
 Attention takes as long as all its pairs of a row and a key, or as its longest tile of rows where
-there are few: a tile is one multiprocessor's. The constants were measured on an H100; that of
-another index dim on an H200.
+there are few: a tile is one multiprocessor's. The constants were measured on an H100.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ FAR_SCORE_SECONDS = 0.1e-12
 """Of a pair of `select_tiles` in form `beyond_window`."""
 FULL_SCORE_SECONDS = 1.5e-12, 0.2e-12
 """In form `full`, of a near pair and of a far one."""
-OTHER_SCORE_SECONDS = 8e-12
-"""In both forms with another index dim: many times what attention costs."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class PrefillPass:
         rows: the last of them that are query rows, at most.
         heads, local_heads: retrieval heads and the others.
         near, window: keys of sinks and window that a row of either sees.
-        dim, index_dim: of a head and of the index.
+        dim: of a head.
         beyond_window: the index's form; False is `full`.
     """
 
@@ -60,7 +57,6 @@ class PrefillPass:
     near: int
     window: int
     dim: int
-    index_dim: int
     beyond_window: bool
 
     def rows_of(self, length: int) -> int:
@@ -103,7 +99,6 @@ def prefill_selects(context: LayerContext, q: Tensor, keys: int, start: Tensor |
         near=near,
         window=config.window + config.sinks,
         dim=dim,
-        index_dim=config.index_dim,
         beyond_window=config.index == "beyond_window",
     )
     return seconds_spared(prefill) > 0
@@ -136,14 +131,12 @@ def selection_seconds(prefill: PrefillPass) -> float:
         pairs = prefill.pairs(length, prefill.near)
         near, far = near + prefill.heads * pairs[0], far + prefill.heads * pairs[1]
         tiles += prefill.heads * -(-prefill.rows_of(length) // TILE)
-    fast = prefill.index_dim == FAST_INDEX_DIM
     if prefill.beyond_window:
         fixed, by_dim = NEAR_LSE_SECONDS
         near = max(near, min(max(prefill.lengths, default=0), prefill.near) * LONE_KEY_PAIRS)
-        near_seconds = fixed + by_dim * prefill.dim
-        far_seconds = FAR_SCORE_SECONDS if fast else OTHER_SCORE_SECONDS
+        near_seconds, far_seconds = fixed + by_dim * prefill.dim, FAR_SCORE_SECONDS
     else:
-        near_seconds, far_seconds = FULL_SCORE_SECONDS if fast else (OTHER_SCORE_SECONDS,) * 2
+        near_seconds, far_seconds = FULL_SCORE_SECONDS
     return near_seconds * near + far_seconds * far + CHOICE_SECONDS * tiles
 
 

@@ -1,6 +1,7 @@
 #pragma once
 // A warpgroup computes 64 rows of each tile, with the keys of its team. While it runs the softmax
-// of one block, the tensor cores multiply the values of the block before and then serve the others.
+// of one block, the tensor cores serve the others and, of a single team, first multiply the values
+// of the block before.
 
 #include <type_traits>
 
@@ -37,8 +38,8 @@ struct Consumer {
   Rows<T, kDim> rows;
 
   // Named barriers: 0 is that of all threads, then those of turns, then those of one warpgroup.
-  __device__ ptx::NamedBarrier turn_of(int warpgroup) const {
-    return {1 + team * kConsumers + warpgroup, kConsumers * kWarpgroup};
+  __device__ ptx::NamedBarrier turn_of(int consumer) const {
+    return {1 + team * kConsumers + consumer, kConsumers * kWarpgroup};
   }
   __device__ ptx::NamedBarrier of_warpgroup() const {
     return {1 + (kTeams + team) * kConsumers + warpgroup, kWarpgroup};
@@ -137,11 +138,12 @@ struct Consumer {
       const Place place = await_stage();
       await_turn();
       pass_turn();
+      __syncwarp();
       release(place);
     }
   }
 
-  /// A masked block; of its boxes only those of which this warpgroup's rows see something.
+  /// A masked block: all of it, or one of two boxes where this warpgroup's rows see no more.
   __device__ __forceinline__ void masked_step(const KeyBlock<kBoxes>& block, int position) {
     const int first = position + warpgroup * kConsumerRows;
     const auto seen = [&](int box) {
@@ -210,7 +212,7 @@ struct Consumer {
   }
 
   /// For the other team, which stores the rows of this tile.
-  __device__ __forceinline__ void hand_over() {
+  __device__ __forceinline__ void hand_over(int place) {
     auto& exchange = shared.exchange[warpgroup];
     const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll
@@ -222,14 +224,14 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) exchange.out[i][thread] = rows.out[i];
     }
-    exchange.full.arrive();
+    exchange.full[place].arrive();
   }
 
   /// Adds what the other team found; this one is the next to write there, for the next tile.
-  __device__ __forceinline__ void take_over(uint32_t parity) {
+  __device__ __forceinline__ void take_over(const RingPlace<Memory::kTiles>& tile) {
     auto& exchange = shared.exchange[warpgroup];
     const int thread = threadIdx.x % kWarpgroup;
-    exchange.full.wait(parity);
+    exchange.full[tile.index].wait(tile.parity);
     float share[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -268,11 +270,11 @@ struct Consumer {
         attend_full(full);
       }
       if constexpr (kTeams > 1) {
-        static_assert(Memory::kTiles == 2);  // the place of a tile is the parity of its number
+        static_assert(Memory::kTiles == 2);  // so that the teams take turns
         if (first == 0) {
-          hand_over();
+          hand_over(tile.index);
         } else {
-          take_over(tile.index);
+          take_over(tile);
         }
       }
       if (kTeams == 1 || first == 1) rows.template store<kValues>(params, work, row);

@@ -31,7 +31,9 @@ __global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
       }
     }
     if constexpr (kTeams > 1) {
-      for (auto& exchange : shared.exchange) exchange.full.init(kWarpgroup);
+      for (auto& exchange : shared.exchange) {
+        for (auto& full : exchange.full) full.init(kWarpgroup);
+      }
     }
     ptx::fence_mbarrier_init();
   }
@@ -42,7 +44,7 @@ __global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
     const int team = kTeams == 1 ? 0 : thread / 32;
     if (thread == 32 * team && team < kTeams) {
       Producer<kDim, kValues>{
-          .maps = maps, .shared = shared, .ring = shared.rings[team], .team = team, .place = {}}
+          .maps = maps, .shared = shared, .ring = shared.rings[team], .team = team, .stage = {}}
           .run(params, queue);
     }
   } else {

@@ -1,7 +1,7 @@
 #pragma once
-// A thread takes row tiles off the queue, and one of each team starts its copies: of every so many
-// blocks, in the order in which they are needed: K and V of each masked block; then K of a block
-// before V of the last.
+// A thread takes row tiles off the queue, and one of each team starts the copies of its blocks in
+// the order in which it needs them: K and V of each masked block; then K of a block before V of the
+// last.
 
 #include <type_traits>
 
@@ -52,7 +52,7 @@ struct Producer {
   Memory& shared;
   Ring& ring;  // of the team
   const int team;
-  RingPlace<Ring::kSize> place;
+  RingPlace<Ring::kSize> stage;
 
   __device__ void load_queries(const Work<kKeys>& work, int tile) {
     ptx::Mbarrier& full = shared.queries_full[tile];
@@ -68,18 +68,18 @@ struct Producer {
 
   __device__ void load_keys(const CUtensorMap& map, const Work<kKeys>& work,
                             const KeyBlock<kBoxes>& block) {
-    ring.empty[place.index].wait(place.parity ^ 1);
-    ptx::Mbarrier& full = ring.full[place.index];
+    ring.empty[stage.index].wait(stage.parity ^ 1);
+    ptx::Mbarrier& full = ring.full[stage.index];
     full.arrive_expect(Ring::kBytes);
 #pragma unroll
     for (int panel = 0; panel < Memory::kPanels; ++panel) {
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) {
-        ptx::load_box(ring.stages[place.index] + (panel * kBoxes + box) * kBoxBytes, map,
+        ptx::load_box(ring.stages[stage.index] + (panel * kBoxes + box) * kBoxBytes, map,
                       panel * kBoxColumns, block.begin[box], work.job.kv_head, work.batch, full);
       }
     }
-    place.advance();
+    stage.advance();
   }
 
   /// The team's blocks of a tile, the first of them given.

@@ -11,9 +11,10 @@ inline constexpr int kConsumers = 2;  // warpgroups, of 64 rows each
 inline constexpr int kConsumerRows = kTileRows / kConsumers;
 inline constexpr int kConsumerWarps = kConsumers * 4;
 
-/// Teams of warpgroups with the same rows, each with every so many blocks of keys, and how they
-/// share the 64K registers of a multiprocessor. Heads of 64 columns have short products and as long
-/// a softmax as any: it takes two teams to keep the tensor cores busy.
+/// Teams of warpgroups with the same rows, each with every kCount-th block of keys, and how they
+/// share the 64K registers of a multiprocessor, of which a thread has 168 at the start, or with two
+/// teams 96. Heads of 64 columns have short products and as long a softmax as any: it takes two
+/// teams to keep the tensor cores busy.
 template <int kDim>
 struct Teams {
   static constexpr int kCount = 1;
@@ -50,7 +51,7 @@ struct Work {
 
 /// Keys and values on their way to a team.
 template <int kStages, int kStageBytes>
-struct Ring {
+struct StageRing {
   static constexpr int kSize = kStages;
   static constexpr int kBytes = kStageBytes;
 
@@ -68,7 +69,7 @@ struct Exchange<kDim, 2> {
   float out[kDim / 2][kWarpgroup];
   float maximum[2][kWarpgroup];
   float sum[2][kWarpgroup];
-  ptx::Mbarrier full;
+  ptx::Mbarrier full[2];  // by the place of the tile, so that one team arrives and one waits
 };
 
 template <int kHeadDim>
@@ -83,10 +84,10 @@ struct Shared {
 
   /// Panels of 64 columns of 64 rows, by warpgroup.
   alignas(1024) unsigned char queries[kTiles][kQueryBytes];
-  Ring<kDim == 64 ? 8 : 5, kKeys * kDim * 2> rings[kTeams];
+  StageRing<kDim == 64 ? 8 : 5, kKeys * kDim * 2> rings[kTeams];
   ptx::Mbarrier queries_full[kTiles];
   ptx::Mbarrier queries_empty[kTiles];
-  ptx::Mbarrier work_full[kTiles];
+  ptx::Mbarrier work_full[kTiles];  // for the producers of other teams than the first
   Work<kKeys> work[kTiles];
   Exchange<kDim, kTeams> exchange[kConsumers];
 };
