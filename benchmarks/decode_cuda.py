@@ -46,11 +46,14 @@ def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
 
 
 EVERY_HEAD = list(range(HEADS))
+OPTIONS = ("shared", "selected", "min_tokens")
+DEFAULTS_SELECT = [(1, 88_064), (4, 28_672), (16, 13_312), (64, 9728)]
+"""Batch and keys, little more than from which on the rule selects with 64 `min_tokens`."""
 SHAPES = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
     *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
     *[dict(batch=1, keys=keys, bits=bits) for bits in (8, 4) for keys in (131_072, 1_048_576)],
-    *[dict(batch=batch, keys=2**i * 1024) for batch in (4, 16) for i in (3, 5, 7, 9)],
+    *[dict(batch=batch, keys=2**i * 1024) for batch in (4, 16) for i in (2, 3, 5, 7, 9, 10)],
     *[dict(batch=batch, keys=keys) for batch in (2, 8, 32) for keys in (1024, 8192, 32_768)],
     *[dict(batch=batch, keys=256) for batch in (4, 16, 64)],
     *[
@@ -59,6 +62,11 @@ SHAPES = [
         for selected in (512, 2048, 16_384)
     ],
     *[dict(batch=64, keys=keys) for keys in (1024, 8192, 32_768)],
+    *[
+        dict(batch=batch, keys=keys, selected=selected, min_tokens=64)
+        for batch, keys in DEFAULTS_SELECT
+        for selected in (64, 1024)
+    ],
     *[
         dict(batch=1, keys=keys, heads="all", **index)
         for keys in (131_072, 262_144, 524_288, 1_048_576)
@@ -92,13 +100,15 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
         rounds = 6 if batch * keys <= 524_288 else 3 if batch * keys <= 4_194_304 else 1
         apart = keys in (131_072, 1_048_576) and batch == 1 and "selected" not in shape
         parts = PARTS if apart else {"step": Step.whole}
+        if heads is EVERY_HEAD:  # what the rule spares, too
+            parts = {**parts, "sparse_decode": Step.select_and_attend}
         if bits < 16:
             parts = {**parts, "refine": Step.refine, "refined step": Step.refine_and_attend}
         parameters = {part: {"part": part, "selected": SELECTED, **shape} for part in parts}
         chosen = [part for part in parts if wanted(parameters[part])]
         if not chosen:
             continue
-        options = {name: shape[name] for name in ("shared", "selected") if name in shape}
+        options = {name: shape[name] for name in OPTIONS if name in shape}
         steps = [Step(batch, keys, heads, bits, **options) for _ in range(rounds)]
         against = baselines(steps)
         for part in chosen:

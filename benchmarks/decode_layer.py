@@ -20,7 +20,11 @@ SCALE = DIM**-0.5
 
 
 class Step:
-    """The tensors of one decode step and its parts; `shared`: an index key for each KV head."""
+    """The tensors of one decode step and its parts.
+
+    `shared`: an index key for each KV head; `min_tokens`: the model's, as far as its rule asks,
+    where top-p is to take more.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class Step:
         bits: int = 16,
         shared: bool = False,
         selected: int = SELECTED,
+        min_tokens: int | None = None,
         device: str = "cuda",
     ) -> None:
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -52,6 +57,7 @@ class Step:
             self.coded = dict(codes=codes, ranges=ranges)
             self.k_index = self.k_index[:, :, far:].contiguous()
         self.floor = min(selected, max(1, keys - WINDOW - SINKS))
+        self.min_tokens = self.floor if min_tokens is None else min_tokens
         self.near = self.near_lse()
         self.lists = self.select()
 
@@ -116,7 +122,7 @@ class Step:
         batch, _, keys, _ = self.k.shape
         read = len(set(self.owners)) * ROW
         index = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
-        heads, floor = len(self.retrieval), self.floor * ROW
+        heads, floor = len(self.retrieval), self.min_tokens * ROW
         fewest = fewest_to_select_from(batch, heads, read, index, floor, sifts=True)
         return keys - WINDOW - SINKS >= fewest
 

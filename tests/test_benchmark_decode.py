@@ -5,9 +5,10 @@ import torch
 
 from benchmarks import append_cuda, decode_cuda
 from benchmarks import decode_stages_cuda as bench
-from benchmarks.decode_layer import RETRIEVAL, ROW, SCALE, SINKS, WINDOW, Step
+from benchmarks.decode_layer import INDEX_DIM, RETRIEVAL, ROW, SCALE, SINKS, WINDOW, Step
 from benchmarks.decode_layer import SELECTED as SELECTED_TOKENS
 from rtpurbo import ops
+from rtpurbo.short_inputs.decode import fewest_to_select_from
 
 KEYS, SELECTED = WINDOW + 1024, 200
 FAR = slice(SINKS, KEYS - WINDOW)
@@ -28,6 +29,13 @@ def test_steps_have_goals():
     assert {named.pop((1, 131_072, None, None, bits)) for bits in (None, 8, 4)} == {3.4}
     assert len(named) == 12 and set(named.values()) == {1.95, 4.0, 4.5}
     assert decode_cuda.goals({"part": "select"}) == {}
+
+
+def test_steps_of_default_models_begin_where_the_rule_does():
+    for batch, keys in decode_cuda.DEFAULTS_SELECT:
+        shape = batch, len(RETRIEVAL), 4 * ROW, len(RETRIEVAL) * INDEX_DIM * 2, 64 * ROW
+        far = keys - WINDOW - SINKS
+        assert 1 <= far / fewest_to_select_from(*shape, sifts=True) < 1.2
 
 
 @pytest.fixture(params=[16, 4])

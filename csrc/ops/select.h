@@ -29,7 +29,8 @@ namespace rtpurbo {
 /// returns    indices int32 [B, R, M, capacity], ascending, -1 padded; counts int32 [B, R, M]; mass
 ///            [B, R, M] float32 (float64 for float64), the recovered share. A NaN or +inf logit
 ///            selects all far keys and gives a NaN mass; a row that sees no key: count 0, mass 1.
-/// On CUDA masses are counted in steps of 2^-17 of a bin's: p holds to 4e-6. It is always exact.
+/// On CUDA `exact` changes nothing: weights are rounded to 17 bits, so that 2^-17 may be missing to
+/// p.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select(
     const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map, double p,
     int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size = 1,
