@@ -50,6 +50,11 @@ SPARSE_GOALS = {
 }  # fmt: skip
 
 
+NEAR_FLOPS, NEAR_FROM = 550e12, 65536
+"""Of local heads at the default window, a second, and the keys from which on."""
+HEAD_SELECTION_SECONDS = {131_072: 0.45e-3, 1 << 20: 30e-3}
+
+
 def parameters_at(layer: Layer, keys: int) -> Iterator[dict[str, Any]]:
     """Of all cases of a length."""
 
@@ -94,6 +99,17 @@ def goals(layer: Layer, parameters: dict[str, Any]) -> dict[str, float]:
     return {}
 
 
+def goal_seconds(layer: Layer, parameters: dict[str, Any], flops: float) -> float | None:
+    mode, keys = parameters["mode"], parameters["keys"]
+    if layer is SMALL or parameters.get("window") != WINDOW:
+        return None
+    if mode == "near" and keys >= NEAR_FROM:
+        return flops / NEAR_FLOPS
+    if mode == "select_tiles" and keys in HEAD_SELECTION_SECONDS:
+        return HEAD_SELECTION_SECONDS[keys] * len(layer.retrieval_heads)
+    return None
+
+
 def case_of(prefill: Prefill, parameters: dict[str, Any], causal: dict[str, Run]) -> Case:
     layer, keys, mode = prefill.layer, prefill.keys, parameters["mode"]
     window = parameters.get("window", 1)  # of dense and listed heads: none
@@ -121,12 +137,14 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], causal: dict[str, Run]
         run = partial(prefill.select_tiles, window, prefill.near_lse(window))
     is_selection = mode in ("near_lse", "select_tiles")
     pairs = len(heads) * listed + (layer.heads - len(heads)) * near_pairs(keys, window, SINKS)
+    flops = 4.0 * layer.dim * pairs
     return Case(
         parameters=parameters,
         run=run,
         baselines={} if is_selection or mode == "attention" else baselines,
-        flops=None if is_selection else 4.0 * layer.dim * pairs,
+        flops=None if is_selection else flops,
         goals=goals(layer, parameters),
+        goal_seconds=goal_seconds(layer, parameters, flops),
         device=prefill.device,
     )
 

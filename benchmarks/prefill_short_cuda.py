@@ -23,8 +23,8 @@ from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo.short_inputs.prefill import LISTED_SHARE, PrefillPass, seconds_spared
 
 FEW, RECENT = 1024, 64
-LENGTHS = [2**i * 1024 for i in range(1, 7)]
-BATCHES = {1: 65536, 4: 32768, 16: 8192}
+LENGTHS = [16, 128, 512, *(2**i * 1024 for i in range(7))]
+BATCHES = {1: 65536, 4: 32768, 16: 8192, 64: 2048}
 """The most keys of a prompt, by how many there are."""
 CHUNKS = [(keys, rows) for keys in (16384, 65536, 262_144) for rows in (512, 4096)]
 WINDOWS = {"beyond_window": (256, 1024, 4096, 8192), "full": (1024,)}
@@ -53,7 +53,7 @@ def parameters_of(shape: Shape) -> list[dict[str, Any]]:
         {**shape.parameters, "index": index, "window": window}
         for index, windows in WINDOWS.items()
         for window in windows
-        if window < shape.keys
+        if window < shape.keys or window == windows[0]
     ]
 
 
@@ -61,11 +61,11 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], baselines: dict[str, R
     heads, window = prefill.retrieval, parameters["window"]
     recent = RECENT if parameters["index"] == "full" else None
     near = window if recent is None else recent
-    lists = draw_batch(prefill.plans(near, LISTED_SHARE), len(heads), prefill.device)
-    ways: dict[str, Run] = {
-        "dense retrieval heads": partial(prefill.attend, heads, window),
-        "listed retrieval heads": partial(prefill.sparse, window, lists, recent),
-    }
+    ways: dict[str, Run] = {"dense retrieval heads": partial(prefill.attend, heads, window)}
+    has_far = prefill.keys > near + SINKS
+    if has_far:
+        lists = draw_batch(prefill.plans(near, LISTED_SHARE), len(heads), prefill.device)
+        ways["listed retrieval heads"] = partial(prefill.sparse, window, lists, recent)
     spared = seconds_spared(
         PrefillPass(
             lengths=prefill.lengths,
@@ -78,7 +78,7 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], baselines: dict[str, R
             beyond_window=recent is None,
         )
     )
-    selects = spared > 0
+    selects = has_far and spared > 0
     return Case(
         parameters=parameters,
         run=ways["listed retrieval heads" if selects else "dense retrieval heads"],

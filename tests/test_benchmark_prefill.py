@@ -109,6 +109,18 @@ def test_every_goal_has_its_case():
     assert len(goals) == len(expected)
 
 
+def test_rates_and_selections_have_goals():
+    goals = {
+        (p["mode"], p["keys"]): goal
+        for layer, keys in prefill_cuda.LENGTHS
+        for p in prefill_cuda.parameters_at(layer, keys)
+        for goal in [prefill_cuda.goal_seconds(layer, p, 5.5e14)]
+        if goal is not None
+    }
+    assert {goals.pop(("near", 2**i * 1024)) for i in range(6, 11)} == {1.0}
+    assert goals == {("select_tiles", 131_072): 5 * 0.45e-3, ("select_tiles", 1 << 20): 0.15}
+
+
 @pytest.mark.parametrize(
     "index, lengths, rows, near",
     [
@@ -131,7 +143,7 @@ def test_a_short_prefill_runs_as_the_rule_says(monkeypatch, index, lengths, rows
         form = index == "beyond_window"
         heads, window, dim = (2, LAYER.heads - 2), 256 + SINKS, LAYER.dim
         assert asked.pop() == PrefillPass(
-            tuple(lengths), rows, *heads, near + SINKS, window, dim, 16, form
+            tuple(lengths), rows, *heads, near + SINKS, window, dim, form
         )
         assert case.run is case.baselines[way]
         assert case.facts == {"selects": float(spared > 0)}
@@ -142,6 +154,16 @@ def test_a_short_prefill_runs_as_the_rule_says(monkeypatch, index, lengths, rows
         for args, kwargs in selected:
             assert args[4] == near and (kwargs["near_lse"] is None) == (index == "full")
         assert calls[-1][1][4] == 256
+
+
+@pytest.mark.parametrize("keys, listed", [(256, False), (384, True)])
+def test_a_prefill_without_far_keys_has_no_lists(monkeypatch, keys, listed):
+    monkeypatch.setattr(prefill_short_cuda, "seconds_spared", lambda given: 1.0)
+    parameters = {"index": "beyond_window", "window": 256}
+    case = prefill_short_cuda.case_of(Prefill(LAYER, keys, "cpu"), parameters, {})
+    assert case.facts == {"selects": float(listed)}
+    assert ("listed retrieval heads" in case.baselines) == listed
+    case.run()
 
 
 def test_heads_of_a_role_alone_do_what_they_do_in_the_layer():

@@ -113,6 +113,21 @@ def prefill(dim: int, dtype: torch.dtype) -> None:
     ops.attention(q, k[:, :1], k[:, :1], [0, 1], *mask, starts[0], local, local, starts[1])
 
 
+def crowded(dim: int, keys: int) -> None:
+    """Several tiles a multiprocessor, some without keys, of heads of every role."""
+    heads, starts = [1, 7, 10], torch.tensor([0, 3, 70, keys, 0, keys - 1], device=CUDA)
+    q, k = (draw(6, h, keys, dim, dtype=torch.bfloat16) for h in (16, 4))
+    tiles, blocks = -(-keys // 128), -(-keys // 64)
+    every = torch.arange(blocks, dtype=torch.int32, device=CUDA)
+    ops.attention(
+        q, k, k, heads, 200, 3, dim**-0.5, starts,
+        block_indices=every.expand(6, 3, tiles, blocks).contiguous(),
+        block_counts=torch.tensor([-1, blocks, 1], dtype=torch.int32, device=CUDA)[:, None]
+        .expand(6, 3, tiles).contiguous(),
+    )  # fmt: skip
+    ops.near_lse(q, k, heads, [0, 1, 2], keys, 3, dim**-0.5, starts)
+
+
 def tiles(rank: str, near_lse: torch.Tensor | None) -> None:
     start = torch.tensor([0, 150], device=CUDA)
     for dim, dtype in ((16, torch.float16), (24, torch.float32)):
@@ -173,6 +188,8 @@ for dim, dtype in (
     prefill(dim, dtype)
     decode_step(dim, dtype, 333, 1)
     rings(dim, dtype, 333, 1)
+for dim in (64, 128, 256):
+    crowded(dim, 700)
 rings(64, torch.bfloat16, 700, 16)
 decode_step(64, torch.bfloat16, 9000, 1)
 decode_step(64, torch.bfloat16, 700, 16)
