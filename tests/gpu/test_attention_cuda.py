@@ -263,6 +263,13 @@ def test_heads_of_all_roles_over_long_rows() -> None:
         check((q, k, v, [0, 5, 10], 300, 4, dim**-0.5), {"start": start, **lists})
 
 
+@pytest.mark.parametrize(("dim", "keys"), [(64, 30_000), (128, 16_000), (256, 8000)])
+def test_heads_whose_keys_do_not_fit_in_l2_together(dim: int, keys: int) -> None:
+    """On Hopper they run in sections, here of three and one head."""
+    q, k, v = (torch.randn(1, 4, n, dim).bfloat16() for n in (300, keys, keys))
+    check((q, k, v, [0, 1, 2, 3], 20, 4, dim**-0.5), {})
+
+
 @pytest.mark.skipif("RTPURBO_PORTABLE" in os.environ, reason="this is that run")
 def test_the_portable_path_where_it_is_not_the_usual_one() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
