@@ -81,6 +81,7 @@ def step_cases(
                 parameters=parameters,
                 run=in_turn(calls),
                 baselines=every if layer == "all" else one,
+                bytes=sum(call.bytes for call in calls) / ROUNDS,
                 rounds=ROUNDS,
                 device=inputs[0][0].device.type,
                 facts=selection_facts(calls),

@@ -34,6 +34,22 @@ class Call:
         far[:, : self.arguments["sinks"]] = False
         return [head.nonzero()[:, 0] for head in far]
 
+    @property
+    def bytes(self) -> int:
+        """Keys, values and index keys that it must read; each list counts for itself."""
+        given = self.arguments
+        k, k_local, k_index = given["k"], given.get("k_local"), given["k_index"]
+        codes, ranges = given.get("codes"), given.get("ranges")
+        keys, sinks, near_window = k.shape[2], given["sinks"], given["near_window"]
+        near = min(keys, sinks + max(given["window"], near_window))
+        ring = min(keys, sinks + given["window"])
+        rows = k.shape[1] * near + (0 if k_local is None else k_local.shape[1] * ring)
+        rows += sum(len(positions) for positions in self.far_positions())
+        begin = sinks if codes is None else codes.shape[2]  # of far keys in 16 bits
+        scanned = k_index.shape[1] * max(0, keys - near_window - begin) * k_index.shape[3]
+        coded = sum(part.nbytes for part in (codes, ranges) if part is not None)
+        return rows * 2 * k[0, 0, 0].nbytes + scanned * k_index.element_size() + coded
+
 
 class Recorder(TorchDispatchMode):
     """Keeps every `sparse_decode` that runs inside it."""

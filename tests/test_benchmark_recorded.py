@@ -1,11 +1,14 @@
 """Real selections in the benchmarks: what is recorded of a model, and the cases made of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import decode_model_cuda as bench
+from benchmarks.decode_layer import RETRIEVAL, WINDOW, Step
 from benchmarks.gathers import as_members, groups, mean_run, random_like
-from benchmarks.recorded import SPARSE_DECODE, recorded, selection_facts, texts
+from benchmarks.recorded import SPARSE_DECODE, Recorder, recorded, selection_facts, texts
 from rtpurbo import ops
 from rtpurbo.patching import state
 from tests.front import DOCUMENTS, network, saved
@@ -73,6 +76,18 @@ def test_recorded_calls_are_the_models(bits, form):
         indices, counts = as_members(call.far_positions())
         listed, _ = ops.decode(**same, indices=indices, counts=counts)
         torch.testing.assert_close(listed, out)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_call_must_read_what_a_step_does(bits):
+    torch.manual_seed(0)
+    step = Step(1, WINDOW + 1024, RETRIEVAL, bits, selected=200, device="cpu")
+    with Recorder() as recorder:
+        step.select_and_attend()
+    (call,) = recorder.calls
+    assert call.bytes == step.bytes("sparse_decode")
+    halves = call.arguments | {"k_local": call.arguments["k"][:, :2], "k": step.k[:, :2]}
+    assert replace(call, arguments=halves).bytes == call.bytes
 
 
 def test_nothing_else_is_recorded():
