@@ -48,11 +48,10 @@ SPARSE_GOALS = {
     (131_072, 0.15): 6.5, (131_072, 0.28): 5.5, (524_288, 0.12): 14.0, (1 << 20, 0.05): 30.0,
     (1 << 20, 0.08): 25.0,
 }  # fmt: skip
-
-
 NEAR_FLOPS, NEAR_FROM = 550e12, 65536
 """Of local heads at the default window, a second, and the keys from which on."""
 HEAD_SELECTION_SECONDS = {131_072: 0.45e-3, 1 << 20: 30e-3}
+"""Of `select_tiles` by maxima."""
 
 
 def parameters_at(layer: Layer, keys: int) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from benchmarks.flex import Flex
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.random_lists import ListPlan
 from rtpurbo import ops
-from rtpurbo.tiles import MOST_TILE_BLOCKS, TILE, TILE_BLOCK, TILE_RANK
+from rtpurbo.tiles import TILE, TILE_BLOCK, TILE_RANK, tile_capacity
 
 SINKS, INDEX_DIM, THRESHOLD, MIN_BLOCKS = 4, 16, 0.9, 4
 
@@ -127,7 +127,7 @@ class Prefill:
         indices, counts, _ = ops.select_tiles(
             q_index, k_index, list(range(len(self.retrieval))), self.threshold, window, SINKS,
             MIN_BLOCKS, tile=TILE, block_size=TILE_BLOCK, near_lse=near_lse, start=self.start,
-            capacity=min(-(-self.keys // TILE_BLOCK), MOST_TILE_BLOCKS), rank=TILE_RANK,
+            capacity=tile_capacity(self.keys), rank=TILE_RANK,
         )  # fmt: skip
         return indices, counts
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.eager import pooled_shares
+from benchmarks.prefill_cuda import HEAD_SELECTION_SECONDS
 from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo import ops
 
 INDEX_DIM, WINDOW, SINKS, MIN_BLOCKS, THRESHOLD = 16, 1024, 4, 4, 0.9
 TILE, BLOCK = 128, 64
-GOAL_SECONDS = {131_072: 0.45e-3, 1 << 20: 30e-3}
-"""Of a head by maxima."""
 
 
 @benchmark
@@ -47,7 +46,7 @@ def select_tiles_cuda(wanted: Wanted) -> Iterator[Case]:
                 parameters=parameters,
                 run=partial(ops.select_tiles, *arguments, near_lse=near_lse, rank=rank),
                 baselines=eager if rank == "sum" and heads == 1 and keys <= 32768 else {},
-                goal_seconds=GOAL_SECONDS.get(keys) if rank == "max" else None,
+                goal_seconds=HEAD_SELECTION_SECONDS.get(keys) if rank == "max" else None,
                 device="cuda",
             )
         del q_index, k_index, near_lse, arguments, eager

@@ -27,7 +27,7 @@ from rtpurbo.cache import INDEX_DTYPE, HeadwiseLayer, IndexKeys
 from rtpurbo.context import KEY, LastForward, LayerContext, NoBackward
 from rtpurbo.index import LayerIndex
 from rtpurbo.short_inputs import decode_selects, prefill_selects
-from rtpurbo.tiles import MOST_TILE_BLOCKS, TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
+from rtpurbo.tiles import TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks, tile_capacity
 
 IMPLEMENTATION = "rtpurbo"
 
@@ -276,7 +276,7 @@ def _tiles(
             min_tile_blocks(config), tile=TILE,
             block_size=TILE_BLOCK, near_lse=_near_lse(context, q, k, k_heads, start, scale),
             offset=_offset(context), start=start,
-            capacity=min(-(-last.keys // TILE_BLOCK), MOST_TILE_BLOCKS), rank=TILE_RANK,
+            capacity=tile_capacity(last.keys), rank=TILE_RANK,
             codes=keys.codes, ranges=keys.ranges,
         )  # fmt: skip
     return last

@@ -16,6 +16,11 @@ MOST_TILE_BLOCKS = 4096
 every chunk."""
 
 
+def tile_capacity(keys: int) -> int:
+    """Room for the blocks that a tile of sparse prefill lists of so many keys."""
+    return min(-(-keys // TILE_BLOCK), MOST_TILE_BLOCKS)
+
+
 def min_tile_blocks(config: RTPurboConfig) -> int:
     """Blocks that a tile of sparse prefill lists whatever their mass."""
     return max(_MIN_TILE_BLOCKS, -(-config.min_tokens // TILE_BLOCK))

@@ -88,7 +88,7 @@ def check_fallbacks(kind: str, device: torch.device, monkeypatch: pytest.MonkeyP
     rtpurbo.sparsify(model, config(**options, prefill="sparse"))
     off, needed = [], None
     for most in (4096, 12, 1):
-        monkeypatch.setattr("rtpurbo.attention.MOST_TILE_BLOCKS", most)
+        monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", most)
         off.append((whole(model, ids, mask)[mask.bool()].float() - dense).abs().mean())
         counts = torch.stack([context.last.counts for context in state(model).layers])
         needed = counts[0] if needed is None else needed  # the first layer's input stays

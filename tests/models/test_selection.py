@@ -101,13 +101,13 @@ def test_tiles_that_need_too_many_blocks_run_dense(monkeypatch):
     model = rtpurbo.sparsify(tiny(), config(window=64, top_p=0.99, prefill="sparse"))
     whole(model, ids, mask)
     assert rtpurbo.stats(model)["fallbacks"] == 0
-    monkeypatch.setattr("rtpurbo.attention.MOST_TILE_BLOCKS", 3)
+    monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", 3)
     got = whole(model, ids, mask)
     counts = torch.stack([context.last.counts for context in state(model).layers])
     fallbacks = rtpurbo.stats(model)["fallbacks"]
     assert 0 < fallbacks == (counts < 0).sum() < counts.numel() and counts.max() <= 3
     assert state(model).layers[0].last.indices.shape[-1] == 3
-    monkeypatch.setattr("rtpurbo.attention.MOST_TILE_BLOCKS", 0)
+    monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", 0)
     rtpurbo.restore(model)
     near = dict(window=600, recent=1000, prefill="sparse")
     wide = rtpurbo.sparsify(model, config(**near))
