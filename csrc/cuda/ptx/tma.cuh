@@ -31,4 +31,29 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, i
       : "memory");
 }
 
+/// Starts copying a box from shared memory to those coordinates of a tensor, but for what would be
+/// outside. To be preceded by a fence_shared_writes of all threads that wrote the box.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int x, int row, int head,
+                                          int batch, const void* shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n" ::"l"(
+          &map),
+      "r"(x), "r"(row), "r"(head), "r"(batch), "r"(shared_address(shared))
+      : "memory");
+}
+
+/// Lets the copy engine see what this thread wrote to shared memory.
+__device__ __forceinline__ void fence_shared_writes() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+
+/// Waits until the boxes that this thread's stores read may be written again.
+__device__ __forceinline__ void wait_for_stored_boxes() {
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+
 }  // namespace rtpurbo::cuda::ptx

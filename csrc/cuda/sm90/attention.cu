@@ -51,16 +51,18 @@ bool encode_maps(AttentionMaps& maps, const AttentionParams& params) {
     read = std::max<int64_t>(read, job.kv_head + 1);
     heads = std::max<int64_t>(heads, job.head + 1);
   }
-  const auto encode = [&](CUtensorMap& map, const HeadsView& view, int64_t view_heads,
-                          int64_t rows) {
+  const auto encode = [&](CUtensorMap& map, const HeadsView& view, int64_t view_heads, int64_t rows,
+                          int box_rows = kBoxRows) {
     return view_heads == 0 || !view.ptr ||
-           encode_tensor_map(map, view, {params.batch, view_heads, rows, params.dim}, params.type);
+           encode_tensor_map(map, view, {params.batch, view_heads, rows, params.dim}, params.type,
+                             box_rows);
   };
   return encode(maps.q, params.q, heads, params.rows) &&
          encode(maps.k, params.k, kv_heads, params.keys) &&
          encode(maps.v, params.v, kv_heads, params.keys) &&
          encode(maps.k_local, params.k_local, local_heads, params.local_keys) &&
-         encode(maps.v_local, params.v_local, local_heads, params.local_keys);
+         encode(maps.v_local, params.v_local, local_heads, params.local_keys) &&
+         encode(maps.out, params.out, heads, params.rows, kWarpRows);
 }
 
 int64_t tiles_of(const AttentionParams& params) {

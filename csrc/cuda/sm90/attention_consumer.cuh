@@ -5,6 +5,8 @@
 
 #include <type_traits>
 
+#include "csrc/cuda/ptx/tma.cuh"
+#include "csrc/cuda/sm90/attention_maps.h"
 #include "csrc/cuda/sm90/attention_poison.cuh"
 #include "csrc/cuda/sm90/attention_products.cuh"
 #include "csrc/cuda/sm90/attention_rows.cuh"
@@ -22,6 +24,7 @@ struct Consumer {
   static constexpr int kPanelBytes = kBoxes * kBoxBytes;
 
   const AttentionParams& params;
+  const AttentionMaps& maps;
   Memory& shared;
   Ring& ring;          // of the team
   const float factor;  // scale log2(e)
@@ -32,7 +35,8 @@ struct Consumer {
 
   // At 256, and for two teams, they do not fit into registers; without values ptxas serialises such
   // products (C7511).
-  Queries<kDim, kValues && kDim == 128> queries;
+  static constexpr bool kHoldsQueries = kValues && kDim == 128;
+  Queries<kDim, kHoldsQueries> queries;
   float scores[kKeys / 2];
   uint32_t weights[kKeys / kStep][4];
   Rows<T, kDim> rows;
@@ -246,6 +250,30 @@ struct Consumer {
     }
   }
 
+  /// Ends the tile's rows. The output leaves by way of the queries, of which a warp needs only
+  /// those of its own rows, and these no more.
+  __device__ __forceinline__ void store(const Work<kKeys>& work, int tile) {
+    rows.template finish<kValues>(params, work, row);
+    if constexpr (kValues) {
+      const int first = threadIdx.x / 32 % 4 * kWarpRows;
+      unsigned char* queries = shared.queries[tile] + warpgroup * Memory::kPanels * kBoxBytes;
+      unsigned char* warp_rows = queries + first * kBoxColumns * 2;
+      if constexpr (!kHoldsQueries) of_warpgroup().sync();  // behind the last products
+      rows.stage_out(warp_rows);
+      ptx::fence_shared_writes();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int panel = 0; panel < Memory::kPanels; ++panel) {
+          ptx::store_box(maps.out, panel * kBoxColumns,
+                         work.row + warpgroup * kConsumerRows + first, work.job.head, work.batch,
+                         warp_rows + panel * kBoxBytes);
+        }
+        ptx::commit_stores();
+      }
+    }
+  }
+
   __device__ __forceinline__ void run() {
     RingPlace<Memory::kTiles> tile;
     if (warpgroup == 1) pass_turn();  // the first begins
@@ -277,7 +305,10 @@ struct Consumer {
           take_over(tile);
         }
       }
-      if (kTeams == 1 || first == 1) rows.template store<kValues>(params, work, row);
+      if (kTeams == 1 || first == 1) store(work, tile.index);
+      if constexpr (kValues) {
+        if (threadIdx.x % 32 == 0) ptx::wait_for_stored_boxes();
+      }
       shared.queries_empty[tile.index].arrive();  // by every thread: each has read the work
       tile.advance();
     }

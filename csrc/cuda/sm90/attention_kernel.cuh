@@ -40,7 +40,7 @@ __global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kWarpgroup) {
-    ptx::release_registers<Teams<kDim>::kProducerRegisters>();
+    if constexpr (kValues) ptx::release_registers<Teams<kDim>::kProducerRegisters>();
     const int team = kTeams == 1 ? 0 : thread / 32;
     if (thread == 32 * team && team < kTeams) {
       Producer<kDim, kValues>{
@@ -48,11 +48,12 @@ __global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
           .run(params, queue);
     }
   } else {
-    ptx::take_registers<Teams<kDim>::kConsumerRegisters>();
+    if constexpr (kValues) ptx::take_registers<Teams<kDim>::kConsumerRegisters>();
     const int consumer = thread / kWarpgroup - 1;
     const int team = kTeams == 1 ? 0 : consumer / kConsumers;
     const int warp = thread / 32 - (1 + team * kConsumers) * (kWarpgroup / 32);
     Consumer<T, kDim, kValues>{.params = params,
+                               .maps = maps,
                                .shared = shared,
                                .ring = shared.rings[team],
                                .factor = params.scale * kLog2E,

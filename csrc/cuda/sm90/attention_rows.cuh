@@ -2,8 +2,8 @@
 // A thread's two rows of a tile: their online softmax and their part of the output. In an array of
 // scores or outputs element 4 j + 2 h + e is row h, column 8 j + 2 (lane % 4) + e.
 
-#include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/ptx/mma.cuh"
+#include "csrc/cuda/ptx/stmatrix.cuh"
 #include "csrc/cuda/sm90/attention_shared.cuh"
 #include "csrc/cuda/softmax.cuh"
 
@@ -25,21 +25,6 @@ __device__ __forceinline__ void mask(float (&scores)[kWidth / 2],
       for (int e = 0; e < 2; ++e) {
         if (static_cast<uint32_t>(from_low + e) >= length) scores[4 * j + 2 * h + e] = -INFINITY;
       }
-    }
-  }
-}
-
-/// Of four lanes, lane i gets the words i of all.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + step], step);
-      words[i] = upper ? other : words[i];
-      words[i + step] = upper ? words[i + step] : other;
     }
   }
 }
@@ -100,11 +85,11 @@ struct Rows {
     for (int i = 0; i < kDim / 2; ++i) out[i] *= decay[i / 2 % 2];
   }
 
-  /// `row` is the first row in the tile.
+  /// Ends the rows, of which `row` is the first in the tile: their log-sum-exp goes to memory, and
+  /// the output is divided by the sum of its weights.
   template <bool kValues, int kKeys>
-  __device__ __forceinline__ void store(const AttentionParams& params, const Work<kKeys>& work,
-                                        int row) {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ void finish(const AttentionParams& params, const Work<kKeys>& work,
+                                         int row) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h];
@@ -112,28 +97,30 @@ struct Rows {
       total += __shfl_xor_sync(~0u, total, 2);
       const int64_t r = work.row + row + 8 * h;
       const bool real = row + 8 * h < work.height;
-      if (real && lane % 4 == 0) {
+      if (real && threadIdx.x % 32 % 4 == 0) {
         params.lse_ptr[(work.batch * params.lse_heads + work.job.lse_head) * params.rows + r] =
             SoftmaxSum{maximum[h], total}.lse(params.scale);
       }
-      if constexpr (kValues) {
-        T* to = head_rows<T>(params.out, work.batch, work.job.head) + r * params.out.row_stride;
-        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      if constexpr (kValues) decay[h] = total == 0.0f ? 0.0f : 1.0f / total;
+    }
+    if constexpr (kValues) decay_out();
+  }
+
+  /// Writes the output of a warp's 16 rows as the copy engine stores them: panels of 64 columns,
+  /// kBoxBytes apart, of rows of 128 bytes with the 128-byte swizzle.
+  __device__ __forceinline__ void stage_out(unsigned char* warp_rows) const {
+    const int row = threadIdx.x % 16;
 #pragma unroll
-        for (int j = 0; j < kDim / 8; j += 4) {
-          uint32_t words[4];
+    for (int j = 0; j < kDim / 8; j += 2) {
+      uint32_t words[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int first = 4 * (j + i) + 2 * h;
-            words[i] = ptx::pack_pair<T>(out[first] * inverse, out[first + 1] * inverse);
-          }
-          transpose_quad(words);
-          const int column = 8 * (j + lane % 4);
-          if (real && column < params.dim) {
-            *reinterpret_cast<uint4*>(to + column) = {words[0], words[1], words[2], words[3]};
-          }
-        }
+      for (int i = 0; i < 4; ++i) {  // rows, rows below, and the same of the next columns
+        const int first = 4 * (j + i / 2) + 2 * (i % 2);
+        words[i] = ptx::pack_pair<T>(out[first], out[first + 1]);
       }
+      const int chunk = j % 8 + threadIdx.x % 32 / 16;
+      ptx::stmatrix_x4(
+          warp_rows + j / 8 * kBoxBytes + row * kBoxColumns * 2 + (chunk ^ row % 8) * 16, words);
     }
   }
 };

@@ -136,8 +136,10 @@ __device__ void find_key_blocks(const AttentionParams& params, const HeadJob& jo
   }
 
   blocks.end = position + kTileRows;
-  blocks.window = job.near ? params.window : kNoKeys;
-  const int sinks = job.near ? min(params.sinks, last + 1 - blocks.start) : 0;
+  // Of a near head, too, all rows may see every key before them.
+  const bool near = job.near && last + 1 - blocks.start - params.sinks > params.window;
+  blocks.window = near ? params.window : kNoKeys;
+  const int sinks = near ? params.sinks : 0;
   blocks.sink_end = blocks.start + sinks;
   blocks.sink_blocks = (sinks + kKeys - 1) / kKeys;
   blocks.full_sink_blocks = max(0, min(sinks, position + 1 - blocks.start)) / kKeys;

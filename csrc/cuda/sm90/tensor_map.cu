@@ -17,7 +17,7 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 }
 
 bool encode_tensor_map(CUtensorMap& map, const HeadsView& view, const TensorExtents& extents,
-                       ElementType type) {
+                       ElementType type, int box_rows) {
   const auto encode = tensor_map_encoder();
   if (!encode) return false;
   const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride) * 2; };
@@ -26,7 +26,7 @@ bool encode_tensor_map(CUtensorMap& map, const HeadsView& view, const TensorExte
       static_cast<cuuint64_t>(extents.heads), static_cast<cuuint64_t>(extents.batch)};
   const cuuint64_t strides[] = {bytes(view.row_stride), bytes(view.head_stride),
                                 bytes(view.batch_stride)};
-  const cuuint32_t box[] = {kBoxColumns, kBoxRows, 1, 1};
+  const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   return encode(&map,
                 type == ElementType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16

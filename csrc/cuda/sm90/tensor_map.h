@@ -24,8 +24,9 @@ struct TensorExtents {
 /// where it has none.
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder();
 
-/// Encodes the map of a 16-bit tensor; false when the driver cannot describe it.
+/// Encodes the map of a 16-bit tensor by boxes of so many rows; false when the driver cannot
+/// describe it.
 bool encode_tensor_map(CUtensorMap& map, const HeadsView& view, const TensorExtents& extents,
-                       ElementType type);
+                       ElementType type, int box_rows = kBoxRows);
 
 }  // namespace rtpurbo::cuda::sm90
