@@ -47,7 +47,7 @@ def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
 
 EVERY_HEAD = list(range(HEADS))
 OPTIONS = ("shared", "selected", "min_tokens")
-DEFAULTS_SELECT = [(1, 88_064), (4, 28_672), (16, 13_312), (64, 9728)]
+DEFAULTS_SELECT = [(1, 71_680), (4, 26_624), (16, 15_360), (64, 12_544)]
 """Batch and keys, little more than from which on the rule selects with 64 `min_tokens`."""
 SHAPES = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],

@@ -122,8 +122,8 @@ class Step:
         batch, _, keys, _ = self.k.shape
         read = len(set(self.owners)) * ROW
         index = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
-        heads, floor = len(self.retrieval), self.min_tokens * ROW
-        fewest = fewest_to_select_from(batch, heads, read, index, floor, sifts=True)
+        heads, tokens = len(self.retrieval), self.min_tokens
+        fewest = fewest_to_select_from(batch, heads, read, index, ROW, tokens, sifts=True)
         return keys - WINDOW - SINKS >= fewest
 
     def whole(self) -> Tensor:

@@ -33,7 +33,7 @@ def test_steps_have_goals():
 
 def test_steps_of_default_models_begin_where_the_rule_does():
     for batch, keys in decode_cuda.DEFAULTS_SELECT:
-        shape = batch, len(RETRIEVAL), 4 * ROW, len(RETRIEVAL) * INDEX_DIM * 2, 64 * ROW
+        shape = batch, len(RETRIEVAL), 4 * ROW, len(RETRIEVAL) * INDEX_DIM * 2, ROW, 64
         far = keys - WINDOW - SINKS
         assert 1 <= far / fewest_to_select_from(*shape, sifts=True) < 1.2
 

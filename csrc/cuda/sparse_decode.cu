@@ -276,7 +276,10 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
     return error;
   }
   plan.blocks_of_sm = kBlocks;
-  plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes);
+  // An index key has 32 bytes, a row of k or v 2 dim.
+  const int64_t listed = std::min(p.select.min_members * p.select.block_size, p.select.keys);
+  const int64_t rows = listed * p.decode.dim / 8;
+  plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes, rows);
   plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
   plan.select.sieves = kSieves;
   if (kSieves) {

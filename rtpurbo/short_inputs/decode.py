@@ -1,6 +1,7 @@
 """The short-input rule of a decode step.
 
-Its constants were measured on an H200, those of the sieve and of refined scores on an H100.
+Its constants are of an H200, and of the sieve and of refined scores of an H100, whose memory is
+slower: there a selection pays off a little earlier.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ from torch import Tensor
 from rtpurbo.context import LayerContext
 from rtpurbo.short_inputs.fast import FAST_INDEX_DIM
 
-SPARED_BYTES = 1 << 27
-"""What a selection must spare a decode step to read: the time of its stages, 30 to 45 us."""
+SPARED_BYTES = 3 << 25
+"""What a selection must spare a decode step to read: the time of its stages, some 25 us."""
+LAUNCHES, REFINING_LAUNCHES = 3, 4
+"""The same of `near_lse`, `select` and `decode` apart, in so many times; with `refine`."""
+USUAL_TOKENS = 1024
+"""Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
+LIST_BYTES, LISTED_COST = 7 << 16, 1.2
+"""What each list costs, and its rows, over that to read as many one after the other."""
 SCORE_BYTES = 32
 """What a decode step reads while it ranks one score of a retrieval head, the index key aside."""
 REFINED_SCORE_BYTES = 52
@@ -23,7 +30,7 @@ SIFTED_SCORES = 1 << 23
 SIFTED_KEYS = 1 << 15
 """The same of keys."""
 SIFTED_SCORE_BYTES = 8
-SIFTING_BYTES = 1 << 27
+SIFTING_BYTES = 5 << 25
 """The same with a sieve, and what this must spare beside SPARED_BYTES: its sample's stages."""
 
 
@@ -42,7 +49,6 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
         return 1
     batch, _, _, dim = q.shape
     row = 2 * dim * q.element_size()
-    floor = config.min_tokens * row
     heads, read = len(context.heads), len(context.full_kv_heads) * row
     # Retrieval heads of a KV head may share an index key.
     index_keys = len(set(context.index.index_map)) if heads else 0
@@ -50,10 +56,12 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
     # What `sparse_decode` does in one launch; see csrc/cuda/sparse_decode.cu.
     fused = q.element_size() == 2 and dim in (64, 128, 256) and config.index_dim == FAST_INDEX_DIM
     one_launch = fused and not config.refine
-    score = REFINED_SCORE_BYTES if config.refine else SCORE_BYTES
     by_keys = config.block_size == 1 and config.index == "beyond_window"
     sifts = one_launch and by_keys and config.near_window >= 64 and dim <= 128
-    return fewest_to_select_from(batch, heads, read, index, floor, one_launch, sifts, score)
+    tokens = config.min_tokens
+    return fewest_to_select_from(
+        batch, heads, read, index, row, tokens, one_launch, sifts, config.refine
+    )
 
 
 def fewest_to_select_from(
@@ -61,25 +69,28 @@ def fewest_to_select_from(
     heads: int,
     read: int,
     index: int,
-    floor: int,
+    row: int,
+    min_tokens: int,
     one_launch: bool = True,
     sifts: bool = False,
-    score: int = SCORE_BYTES,
+    refines: bool = False,
 ) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
     `read`: bytes a far key of keys and values; `index`: those of its index keys;
-    `floor`: bytes of keys and values that a retrieval head reads at least; `one_launch`: instead of
-    one for each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores;
-    `score`: bytes that a head's score stands for otherwise.
+    `row`: those of a key and value that a retrieval head selects; `one_launch`: instead of one for
+    each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores;
+    `refines`: scores what it selects again.
     """
-    least = SPARED_BYTES * (1 if one_launch else 2) + batch * heads * floor
+    launches = 1 if one_launch else REFINING_LAUNCHES if refines else LAUNCHES
+    listed = LIST_BYTES + int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
+    least = SPARED_BYTES * launches + batch * heads * listed
 
     def fewest(least: int, ranked: int) -> int:
         spared = batch * (read - index - heads * ranked)
         return least // spared + 1 if spared > 0 else sys.maxsize
 
-    plain = fewest(least, score)
+    plain = fewest(least, REFINED_SCORE_BYTES if refines else SCORE_BYTES)
     if not sifts:
         return plain
     sifted = fewest(least + SIFTING_BYTES, SIFTED_SCORE_BYTES)

@@ -8,12 +8,17 @@ import torch
 import rtpurbo
 from rtpurbo.patching import state
 from rtpurbo.short_inputs.decode import (
+    LAUNCHES,
+    LIST_BYTES,
+    LISTED_COST,
     REFINED_SCORE_BYTES,
+    REFINING_LAUNCHES,
     SCORE_BYTES,
     SIFTED_SCORE_BYTES,
     SIFTED_SCORES,
     SIFTING_BYTES,
     SPARED_BYTES,
+    USUAL_TOKENS,
     fewest_far_keys,
     fewest_to_select_from,
 )
@@ -43,18 +48,19 @@ def test_few_far_keys_are_all_read():
 
 
 def test_a_gpu_selects_where_reading_all_keys_costs_more():
-    model = rtpurbo.sparsify(tiny(), config(index_bits=8, min_tokens=1000))
+    model = rtpurbo.sparsify(tiny(), config(index_bits=8, min_tokens=2000))
     context = state(model).layers[0]
     q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
     least = fewest_far_keys(context, q)
     assert len(context.full_kv_heads) == 2
-    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte. Twice what one launch
-    # must spare, which an index dim of 16 has.
+    # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte. An index dim of 16 has
+    # one launch.
     spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
-    listed = 2 * 3 * 1000 * 2 * 128 * 2
-    assert (least - 1) * spared <= 2 * SPARED_BYTES + listed < least * spared
-    for refine, launches, score in ((False, 1, SCORE_BYTES), (True, 2, REFINED_SCORE_BYTES)):
-        wider = dict(index_bits=8, index_dim=16, min_tokens=1000, refine=refine)
+    listed = 2 * 3 * (LIST_BYTES + int(LISTED_COST * 2000 * 2 * 128 * 2))
+    assert (least - 1) * spared <= LAUNCHES * SPARED_BYTES + listed < least * spared
+    several = (True, REFINING_LAUNCHES, REFINED_SCORE_BYTES)
+    for refine, launches, score in ((False, 1, SCORE_BYTES), several):
+        wider = dict(index_bits=8, index_dim=16, min_tokens=2000, refine=refine)
         context = state(rtpurbo.sparsify(tiny(), config(**wider))).layers[0]
         least = fewest_far_keys(context, q)
         spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + score))
@@ -75,7 +81,7 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
 def test_a_sieve_serves_many_heads(bits, keys, speed):
     """`speed`: of 32 of 32 retrieval heads against reading every key, on an H100."""
     row = 2 * 128 * 2
-    shape = 1, 32, 4 * row, 32 * 16 * bits // 8, 8192 * row
+    shape = 1, 32, 4 * row, 32 * 16 * bits // 8, row, 8192
     assert (keys >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
 
 
@@ -89,18 +95,21 @@ def test_a_sieve_serves_many_heads(bits, keys, speed):
 def test_refined_scores_cost_more(heads, keys, speed):
     """`speed`: with 4 bits, of 5 or 32 of 32 heads against reading every key, on an H100."""
     row = 2 * 128 * 2
-    shape = 1, heads, 4 * row, heads * 16 * 4 // 8, 8192 * row
-    fewest = fewest_to_select_from(*shape, one_launch=False, score=REFINED_SCORE_BYTES)
+    shape = 1, heads, 4 * row, heads * 16 * 4 // 8, row, 8192
+    fewest = fewest_to_select_from(*shape, one_launch=False, refines=True)
     assert (keys - 8192 >= fewest) == (speed > 1)
 
 
 def test_a_sieve_is_for_many_scores():
     row = 2 * 128 * 2
-    least = fewest_to_select_from(1, 28, 4 * row, 28 * 32, 0, sifts=True)
-    spared = 4 * row - 28 * (32 + SIFTED_SCORE_BYTES)
-    assert least == SIFTED_SCORES // 28 > (SPARED_BYTES + SIFTING_BYTES) // spared
-    assert fewest_to_select_from(32, 32, 4 * row, 32 * 32, 0, sifts=True) == 1 << 15
-    assert fewest_to_select_from(0, 32, 4 * row, 32 * 32, 0, sifts=True) > 1 << 40
+    for heads, keys in ((26, SIFTED_SCORES // 26), (28, None)):
+        least = fewest_to_select_from(1, heads, 4 * row, heads * 32, row, 0, sifts=True)
+        listed = LIST_BYTES + int(LISTED_COST * row * USUAL_TOKENS)
+        spared = 4 * row - heads * (32 + SIFTED_SCORE_BYTES)
+        saved = (SPARED_BYTES + SIFTING_BYTES + heads * listed) // spared
+        assert least == keys > saved if keys else least == saved + 1 > SIFTED_SCORES // heads
+    assert fewest_to_select_from(32, 32, 6 * row, 32 * 32, row, 0, sifts=True) == 1 << 15
+    assert fewest_to_select_from(0, 32, 4 * row, 32 * 32, row, 0, sifts=True) > 1 << 40
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,40 @@ constexpr int64_t kMembersAtOnce = 1 << 25;
 
 constexpr int64_t kRounds = 2;
 
-/// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores.
-inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_bytes) {
+/// What the barriers of a round cost, in members that a block scores meanwhile.
+constexpr int64_t kRoundMembers = 1 << 14;
+
+/// More rounds than that are not tried: the last ones hardly matter.
+constexpr int64_t kMostRounds = 16;
+
+/// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores. Each
+/// problem takes as long as `rows` members beside its own.
+inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_bytes,
+                             int64_t rows = 0) {
   const int64_t problems = p.batch * p.heads * p.rows;
   const int64_t of_group = kGroupKeys / p.block_size;
   const int64_t groups = divide_up(p.keys, kGroupKeys) + 1;  // rows may begin within one
   const int64_t fitting =
       std::max<int64_t>(1, kMembersAtOnce / (divide_up(p.keys, kGroupKeys) * of_group));
-  // Rounds of equal size: a last one of few problems would leave most blocks idle.
+  // Rounds of equal size, as a last one of few problems would leave most blocks idle; more than
+  // need be where those that fit do not divide the blocks well.
   const int64_t most_teams = std::min({problems, fitting, static_cast<int64_t>(blocks)});
-  const int64_t rounds = divide_up(problems, most_teams);
-  SelectPlan plan{};
-  plan.teams = static_cast<int>(divide_up(problems, rounds));
+  const int64_t fewest = divide_up(problems, most_teams);
   const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
-  plan.team_size =
-      static_cast<int>(std::min({static_cast<int64_t>(blocks / plan.teams), most, kMostInTeam}));
+  const auto teams_of = [&](int64_t rounds) { return divide_up(problems, rounds); };
+  const auto size_of = [&](int64_t rounds) {
+    return std::min({blocks / teams_of(rounds), most, kMostInTeam});
+  };
+  const auto time_of = [&](int64_t rounds) {
+    return rounds * (kRoundMembers + (p.keys + rows) / size_of(rounds));
+  };
+  int64_t rounds = fewest;
+  for (int64_t more = fewest + 1; more <= std::min(4 * fewest, kMostRounds); ++more) {
+    if (time_of(more) < time_of(rounds)) rounds = more;
+  }
+  SelectPlan plan{};
+  plan.teams = static_cast<int>(teams_of(rounds));
+  plan.team_size = static_cast<int>(size_of(rounds));
   plan.blocks = blocks;
   const int64_t warps = plan.team_size * kSelectWarps;
   // Runs of 4 where a warp has at least two of them.
