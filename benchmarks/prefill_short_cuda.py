@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.attention import LAYERS
-from benchmarks.dense_prefill import cudnn
+from benchmarks.dense_prefill import cudnn, flash
 from benchmarks.prefill_layer import SINKS, Prefill
 from benchmarks.prefill_shape import WIDE, Shape, by_shape
 from benchmarks.random_lists import draw_batch
@@ -92,7 +92,7 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], baselines: dict[str, R
 def cases_at(shape: Shape, chosen: list[dict[str, Any]], device: str = "cuda") -> list[Case]:
     """They share the tensors and the baselines."""
     prefill = shape.draw(device)
-    baselines = cudnn(prefill)
+    baselines = {**cudnn(prefill), **flash(prefill)}
     return [case_of(prefill, parameters, baselines) for parameters in chosen]
 
 
