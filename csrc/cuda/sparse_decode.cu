@@ -195,9 +195,13 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
 /// Two blocks on a multiprocessor where each of them has this many scores to keep.
 constexpr int64_t kManyScores = 8192;
 
+int64_t members_of(const SparseDecodeParams& p) {
+  return divide_up(p.select.keys, p.select.block_size);
+}
+
 bool wants_two_blocks(const SparseDecodeParams& p, int sm_count) {
-  const int64_t members = divide_up(p.select.keys, p.select.block_size);
-  return p.decode.dim <= 128 && p.select.batch * p.select.heads * members > kManyScores * sm_count;
+  return p.decode.dim <= 128 &&
+         p.select.batch * p.select.heads * members_of(p) > kManyScores * sm_count;
 }
 
 /// Calls fn(shape) for the element type, head dim and blocks; cudaErrorNotSupported for others.
@@ -276,12 +280,12 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
     return error;
   }
   plan.blocks_of_sm = kBlocks;
-  // An index key has 32 bytes, a row of k or v 2 dim.
-  const int64_t listed = std::min(p.select.min_members * p.select.block_size, p.select.keys);
-  const int64_t rows = listed * p.decode.dim / 8;
-  plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes, rows);
+  // A member's key and its ranking take as long as 64 bytes, which a selected row of k and v has
+  // dim / 16 times.
+  const int64_t listed = p.select.block_size * std::min(p.select.min_members, members_of(p));
+  plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes,
+                           listed * p.decode.dim / 16, kSieves);
   plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
-  plan.select.sieves = kSieves;
   if (kSieves) {
     plan.select.scores_in_shared = false;
     plan.select.shared_bytes = residency.shared_bytes;
@@ -297,20 +301,22 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
                                SparseDecodePlan& plan) {
   if (!takes(params)) return cudaErrorNotSupported;
-  const auto plan_with = [&](int blocks, bool sieves) {
+  const auto plan_with = [&](int blocks, bool sieves, SparseDecodePlan& made) {
     return dispatch_shape(
         params.decode, blocks, sieves,
         [&]<typename T, int kDim, int kBlocks, bool kSieves>(Shape<T, kDim, kBlocks, kSieves>) {
-          return plan_shape<T, kDim, kBlocks, kSieves>(params, plan);
+          return plan_shape<T, kDim, kBlocks, kSieves>(params, made);
         });
   };
   const int blocks = wants_two_blocks(params, sm_count) ? 2 : 1;
-  cudaError_t error = plan_with(blocks, false);
-  if (error == cudaSuccess && blocks == 2 && may_sift(params.select, plan.select)) {
-    error = plan_with(blocks, true);
+  cudaError_t error = plan_with(blocks, false, plan);
+  SparseDecodePlan sieving;
+  if (error == cudaSuccess && blocks == 2 && plan_with(2, true, sieving) == cudaSuccess &&
+      may_sift(params.select, sieving.select) && sieving.select.time < plan.select.time) {
+    plan = sieving;
   }
   // Where shared memory is small, the other shape may still fit.
-  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, false);
+  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, false, plan);
   return error == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : error;
 }
 

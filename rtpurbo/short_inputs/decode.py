@@ -1,7 +1,7 @@
 """The short-input rule of a decode step.
 
-Its constants are of an H200, and of the sieve and of refined scores of an H100, whose memory is
-slower: there a selection pays off a little earlier.
+Its constants are of an H200, but for what scores cost with a sieve or when refined: those are of an
+H100, whose memory is slower, so that a selection pays off a little earlier there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rtpurbo.short_inputs.fast import FAST_INDEX_DIM
 SPARED_BYTES = 3 << 25
 """What a selection must spare a decode step to read: the time of its stages, some 25 us."""
 LAUNCHES, REFINING_LAUNCHES = 3, 4
-"""The same of `near_lse`, `select` and `decode` apart, in so many times; with `refine`."""
+"""How often SPARED_BYTES of `near_lse`, `select` and `decode` apart; with `refine`."""
 USUAL_TOKENS = 1024
 """Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
 LIST_BYTES, LISTED_COST = 7 << 16, 1.2
@@ -58,9 +58,16 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
     one_launch = fused and not config.refine
     by_keys = config.block_size == 1 and config.index == "beyond_window"
     sifts = one_launch and by_keys and config.near_window >= 64 and dim <= 128
-    tokens = config.min_tokens
     return fewest_to_select_from(
-        batch, heads, read, index, row, tokens, one_launch, sifts, config.refine
+        batch,
+        heads,
+        read,
+        index,
+        row,
+        config.min_tokens,
+        one_launch=one_launch,
+        sifts=sifts,
+        refines=config.refine,
     )
 
 
@@ -71,6 +78,7 @@ def fewest_to_select_from(
     index: int,
     row: int,
     min_tokens: int,
+    *,
     one_launch: bool = True,
     sifts: bool = False,
     refines: bool = False,

@@ -92,6 +92,18 @@ def test_lengths_and_windows_around_the_tiles(dim: int, edge: int, dtype: torch.
         check((q, k, v, [1, 2], window + edge, 4, dim**-0.5), {})
 
 
+@pytest.mark.parametrize("sinks", [0, 4, 70])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_windows_that_just_reach_the_sinks(dim: int, sinks: int) -> None:
+    """Of one row tile or of all, the last row sees all keys but one, or all just or easily."""
+    q = torch.randn(2, 4, 200, dim).bfloat16()
+    k, v = (torch.randn(2, 2, 300, dim).bfloat16() for _ in range(2))
+    first = torch.tensor([0, 40])
+    for end, start, edge in product([228, 300], [0, 40], [-2, -1, 0, 1]):
+        window = end - start - sinks + edge
+        check((q, k, v, [1], window, sinks, dim**-0.5), {"start": first})
+
+
 @pytest.mark.parametrize("dtype", CUDA_TYPES)
 @pytest.mark.parametrize("tile", [1, 3, 64, 65, 100, 128, 1000])
 @pytest.mark.parametrize("block_size", [1, 5, 64, 100, 5000])

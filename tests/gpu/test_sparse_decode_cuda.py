@@ -327,8 +327,8 @@ def test_a_step_is_one_launch(dim, dtype, cuda_device):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_drawn_sizes_take_a_sieve_where_they_should(seed, cuda_device):
-    if torch.cuda.get_device_properties(cuda_device).multi_processor_count > 134:
-        pytest.skip("teams are larger on so many multiprocessors")
+    if not 132 <= torch.cuda.get_device_properties(cuda_device).multi_processor_count < 198:
+        pytest.skip("teams have other sizes on so many multiprocessors")
     with cuda_device:
         arguments = draw(seed, torch.bfloat16)
         kernels = kernels_of(lambda: ops.sparse_decode(**arguments))

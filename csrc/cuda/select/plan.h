@@ -27,40 +27,51 @@ constexpr int64_t kMembersAtOnce = 1 << 25;
 
 constexpr int64_t kRounds = 2;
 
-/// What the barriers of a round cost, in members that a block scores meanwhile.
-constexpr int64_t kRoundMembers = 1 << 14;
+/// What a round takes beside its members, in members that a block scores meanwhile; and with a
+/// sieve, for its sample.
+constexpr int64_t kRoundMembers = 3 << 12;
+constexpr int64_t kSampleMembers = 1 << 13;
 
-/// More rounds than that are not tried: the last ones hardly matter.
-constexpr int64_t kMostRounds = 16;
+/// More rounds than so many times the fewest, or than so many, are not tried: where there are many,
+/// the blocks that are idle in the last hardly matter.
+constexpr int64_t kMostMore = 4, kMostRounds = 16;
 
-/// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores. Each
-/// problem takes as long as `rows` members beside its own.
+/// How long the rounds take, in members that a block scores meanwhile. A problem takes as long as
+/// `more` members beside its own; of these a sieve spares the ranking, three eighths of their time.
+inline int64_t time_of(const SelectParams& p, int64_t rounds, int64_t team_size, int64_t more,
+                       bool sieves) {
+  const int64_t members = divide_up(p.keys, p.block_size);
+  const int64_t of_problem = (sieves ? members * 5 / 8 : members) + more;
+  return rounds * (kRoundMembers + (sieves ? kSampleMembers : 0) + of_problem / team_size);
+}
+
+/// Fits teams into `blocks` resident blocks of which each may have `score_bytes` of scores; `more`
+/// and `sieves` as above.
 inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_bytes,
-                             int64_t rows = 0) {
+                             int64_t more = 0, bool sieves = false) {
   const int64_t problems = p.batch * p.heads * p.rows;
   const int64_t of_group = kGroupKeys / p.block_size;
   const int64_t groups = divide_up(p.keys, kGroupKeys) + 1;  // rows may begin within one
   const int64_t fitting =
       std::max<int64_t>(1, kMembersAtOnce / (divide_up(p.keys, kGroupKeys) * of_group));
-  // Rounds of equal size, as a last one of few problems would leave most blocks idle; more than
-  // need be where those that fit do not divide the blocks well.
+  // Rounds of equal size, as a last one of few problems would leave most blocks idle; of plain
+  // scores more than need be, where those that fit do not divide the blocks well. A sieve serves
+  // small teams only.
   const int64_t most_teams = std::min({problems, fitting, static_cast<int64_t>(blocks)});
   const int64_t fewest = divide_up(problems, most_teams);
+  const int64_t most_rounds = sieves ? fewest : std::min(kMostMore * fewest, kMostRounds);
   const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
-  const auto teams_of = [&](int64_t rounds) { return divide_up(problems, rounds); };
-  const auto size_of = [&](int64_t rounds) {
-    return std::min({blocks / teams_of(rounds), most, kMostInTeam});
-  };
-  const auto time_of = [&](int64_t rounds) {
-    return rounds * (kRoundMembers + (p.keys + rows) / size_of(rounds));
-  };
-  int64_t rounds = fewest;
-  for (int64_t more = fewest + 1; more <= std::min(4 * fewest, kMostRounds); ++more) {
-    if (time_of(more) < time_of(rounds)) rounds = more;
-  }
   SelectPlan plan{};
-  plan.teams = static_cast<int>(teams_of(rounds));
-  plan.team_size = static_cast<int>(size_of(rounds));
+  for (int64_t rounds = fewest; rounds <= std::max(fewest, most_rounds); ++rounds) {
+    const int64_t teams = divide_up(problems, rounds);
+    const int64_t size = std::min({blocks / teams, most, kMostInTeam});
+    const int64_t time = time_of(p, rounds, size, more, sieves);
+    if (rounds > fewest && time >= plan.time) continue;
+    plan.teams = static_cast<int>(teams);
+    plan.team_size = static_cast<int>(size);
+    plan.time = time;
+  }
+  plan.sieves = sieves;
   plan.blocks = blocks;
   const int64_t warps = plan.team_size * kSelectWarps;
   // Runs of 4 where a warp has at least two of them.

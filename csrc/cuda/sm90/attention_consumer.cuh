@@ -309,7 +309,7 @@ struct Consumer {
       if constexpr (kValues) {
         if (threadIdx.x % 32 == 0) ptx::wait_for_stored_boxes();
       }
-      shared.queries_empty[tile.index].arrive();  // by every thread: each has read the work
+      shared.queries_empty[tile.index].arrive();  // by every thread: work and queries are read
       tile.advance();
     }
   }

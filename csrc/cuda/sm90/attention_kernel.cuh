@@ -40,6 +40,7 @@ __global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kWarpgroup) {
+    // Without values, which are most of what a consumer holds, all keep what they have.
     if constexpr (kValues) ptx::release_registers<Teams<kDim>::kProducerRegisters>();
     const int team = kTeams == 1 ? 0 : thread / 32;
     if (thread == 32 * team && team < kTeams) {
@@ -59,7 +60,7 @@ __global__ __launch_bounds__(kBlockThreads<kDim>, 1) void attention_kernel(
                                .factor = params.scale * kLog2E,
                                .team = team,
                                .warpgroup = consumer - team * kConsumers,
-                               .row = warp * 16 + thread % 32 / 4}
+                               .row = warp * kWarpRows + thread % 32 / 4}
         .run();
   }
 }

@@ -1,6 +1,6 @@
 #pragma once
-// How the copy engine of sm_90 reads [B, H, S, D] tensors: boxes of 64 rows of 64 columns, which
-// land in shared memory as rows of 128 bytes with the 128-byte swizzle.
+// How the copy engine of sm_90 reads and writes [B, H, S, D] tensors: boxes of 64 columns, of which
+// shared memory has rows of 128 bytes with the 128-byte swizzle.
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
