@@ -98,7 +98,8 @@ class Step:
         return (self.q_index.float() @ far.mT)[:, :, 0].flatten(0, 1) * INDEX_DIM**-0.5
 
     def top_p(self) -> Tensor:
-        return ops.top_p(self.scores, TINY_P, self.floor, self.near.flatten())[0]
+        exact = not self.scores.is_cuda  # there it takes a sort
+        return ops.top_p(self.scores, TINY_P, self.floor, self.near.flatten(), exact)[0]
 
     def attend_near(self) -> Tensor:
         """All heads."""

@@ -11,6 +11,7 @@
 #include "csrc/ops/common/cuda_arguments.h"
 #include "csrc/ops/common/cuda_check.h"
 #include "csrc/ops/common/select_cuda.h"
+#include "csrc/ops/common/top_p_by_sort.h"
 #endif
 
 namespace rtpurbo {
@@ -81,8 +82,7 @@ cuda::SelectParams as_selection(const at::Tensor& scores, const at::Tensor& one,
 }
 
 Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
-                  const std::optional<at::Tensor>& forced_lse,
-                  bool /*exact: the exact set is inside the fast mode's bound*/) {
+                  const std::optional<at::Tensor>& forced_lse, bool exact) {
   cuda::check_not_double("top_p", "scores", scores.scalar_type());
   Result result = check_and_allocate(scores, p, min_members, forced_lse);
   auto& [indices, counts, mass] = result;
@@ -93,6 +93,7 @@ Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
     if (forced_lse) mass.masked_fill_(forced_lse->lt(INFINITY).logical_not(), NAN);
     return result;
   }
+  if (exact) return top_p_by_sort(scores, p, min_members, forced_lse);
   const at::Tensor one = at::ones({1}, mass.options());
   cuda::SelectParams params = as_selection(scores, one, forced_lse);
   params.indices_ptr = indices.mutable_data_ptr<int32_t>();

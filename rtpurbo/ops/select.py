@@ -46,8 +46,8 @@ def select(
         offset: [R], added to the logits.
         start: int64 [B], first real key of each sequence (left padding).
         capacity: room for members, 0 for ceil(N / block_size).
-        exact: False may add the rest of the threshold's histogram bin; CUDA never does, but rounds
-            weights (see top_p for both).
+        exact: False may add the rest of the threshold's histogram bin. On CUDA both round weights,
+            as `top_p` does without it.
         codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
         refine: with codes and block_size 1: k_index holds all N keys. Of a row whose smallest set
             has c members the 2 c best are scored again from k_index; only they can be members, the

@@ -22,11 +22,10 @@ def top_p(
         min_members: so many candidates join by rank even when p is reached.
         forced_lse: [rows] float32 (float64 for float64 scores), the log-mass of members that stand
             outside the row and are always in; it counts towards p.
-        exact: False may add the rest of the threshold's histogram bin, members whose weights lie
-            within 4.5 % of the last one's; CUDA never does.
-
-    On CUDA weights are rounded to 17 bits below the edge of their histogram's bin: what is selected
-    may hold 2^-17 less than p.
+        exact: the set of a stable descending sort. On CUDA that takes the sort, in float64. False
+            is quicker: it may add the rest of the threshold's histogram bin, members whose weights
+            lie within 4.5 % of the last one's (CPU), or rounds weights to 17 bits below the edge of
+            their bin, so that what is selected may hold 2^-17 less than p (CUDA).
 
     Returns:
         indices int32 [rows, N], ascending and padded with -1; counts int32 [rows]; mass [rows], the
