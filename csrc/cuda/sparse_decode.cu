@@ -199,6 +199,13 @@ int64_t members_of(const SparseDecodeParams& p) {
   return divide_up(p.select.keys, p.select.block_size);
 }
 
+/// What attention to a list takes, in members to score: a key and its ranking take as long as 64
+/// bytes, which a selected row of k and v has dim / 16 times.
+int64_t listed_members(const SparseDecodeParams& p) {
+  const int64_t listed = p.select.block_size * std::min(p.select.min_members, members_of(p));
+  return listed * p.decode.dim / 16;
+}
+
 bool wants_two_blocks(const SparseDecodeParams& p, int sm_count) {
   return p.decode.dim <= 128 &&
          p.select.batch * p.select.heads * members_of(p) > kManyScores * sm_count;
@@ -280,11 +287,8 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
     return error;
   }
   plan.blocks_of_sm = kBlocks;
-  // A member's key and its ranking take as long as 64 bytes, which a selected row of k and v has
-  // dim / 16 times.
-  const int64_t listed = p.select.block_size * std::min(p.select.min_members, members_of(p));
-  plan.select = plan_teams(p.select, residency.blocks, residency.shared_bytes,
-                           listed * p.decode.dim / 16, kSieves);
+  plan.select =
+      plan_teams(p.select, residency.blocks, residency.shared_bytes, listed_members(p), kSieves);
   plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
   if (kSieves) {
     plan.select.scores_in_shared = false;
@@ -301,22 +305,24 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
                                SparseDecodePlan& plan) {
   if (!takes(params)) return cudaErrorNotSupported;
-  const auto plan_with = [&](int blocks, bool sieves, SparseDecodePlan& made) {
+  const auto plan_with = [&](int blocks, bool sieves) {
     return dispatch_shape(
         params.decode, blocks, sieves,
         [&]<typename T, int kDim, int kBlocks, bool kSieves>(Shape<T, kDim, kBlocks, kSieves>) {
-          return plan_shape<T, kDim, kBlocks, kSieves>(params, made);
+          return plan_shape<T, kDim, kBlocks, kSieves>(params, plan);
         });
   };
   const int blocks = wants_two_blocks(params, sm_count) ? 2 : 1;
-  cudaError_t error = plan_with(blocks, false, plan);
-  SparseDecodePlan sieving;
-  if (error == cudaSuccess && blocks == 2 && plan_with(2, true, sieving) == cudaSuccess &&
-      may_sift(params.select, sieving.select) && sieving.select.time < plan.select.time) {
-    plan = sieving;
+  cudaError_t error = plan_with(blocks, false);
+  if (error == cudaSuccess && blocks == 2) {
+    const SelectPlan sieving =
+        plan_teams(params.select, plan.select.blocks, 0, listed_members(params), true);
+    if (may_sift(params.select, sieving) && sieving.time < plan.select.time) {
+      error = plan_with(2, true);
+    }
   }
   // Where shared memory is small, the other shape may still fit.
-  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, false, plan);
+  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, false);
   return error == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : error;
 }
 

@@ -19,8 +19,8 @@ namespace {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Result check_and_allocate(const at::Tensor& scores, double p, int64_t min_members,
-                          const std::optional<at::Tensor>& forced_lse) {
+void check(const at::Tensor& scores, double p, int64_t min_members,
+           const std::optional<at::Tensor>& forced_lse) {
   constexpr const char* kOp = "top_p";
   check_floating(kOp, "scores", scores);
   check_tensor(kOp, "scores", scores, "[rows, N]", {kAnySize, kAnySize});
@@ -29,20 +29,24 @@ Result check_and_allocate(const at::Tensor& scores, double p, int64_t min_member
   TORCH_CHECK_VALUE(p > 0 && p <= 1, "rtpurbo::top_p: p must be in (0, 1], got ", p);
   TORCH_CHECK_VALUE(min_members >= 0, "rtpurbo::top_p: min_members must be >= 0, got ",
                     min_members);
-  const auto accum = at::toOpMathType(scores.scalar_type());
   if (forced_lse) {
     check_tensor(kOp, "forced_lse", *forced_lse, "[rows]", {scores.size(0)});
-    check_dtype(kOp, "forced_lse", *forced_lse, accum);
+    check_dtype(kOp, "forced_lse", *forced_lse, at::toOpMathType(scores.scalar_type()));
     check_device(kOp, "forced_lse", *forced_lse, "scores", scores);
   }
+}
+
+Result allocate(const at::Tensor& scores) {
   const auto ints = scores.options().dtype(at::kInt);
+  const auto accum = scores.options().dtype(at::toOpMathType(scores.scalar_type()));
   return {at::empty(scores.sizes(), ints), at::empty({scores.size(0)}, ints),
-          at::empty({scores.size(0)}, scores.options().dtype(accum))};
+          at::empty({scores.size(0)}, accum)};
 }
 
 Result top_p_cpu(const at::Tensor& scores, double p, int64_t min_members,
                  const std::optional<at::Tensor>& forced_lse, bool exact) {
-  Result result = check_and_allocate(scores, p, min_members, forced_lse);
+  check(scores, p, min_members, forced_lse);
+  Result result = allocate(scores);
   auto& [indices, counts, mass] = result;
   cpu::top_p_kernel({.dtype = scores.scalar_type(),
                      .scores_ptr = scores.const_data_ptr(),
@@ -84,7 +88,9 @@ cuda::SelectParams as_selection(const at::Tensor& scores, const at::Tensor& one,
 Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
                   const std::optional<at::Tensor>& forced_lse, bool exact) {
   cuda::check_not_double("top_p", "scores", scores.scalar_type());
-  Result result = check_and_allocate(scores, p, min_members, forced_lse);
+  check(scores, p, min_members, forced_lse);
+  if (exact && scores.numel() > 0) return top_p_by_sort(scores, p, min_members, forced_lse);
+  Result result = allocate(scores);
   auto& [indices, counts, mass] = result;
   if (scores.size(0) == 0) return result;
   if (scores.size(1) == 0) {
@@ -93,7 +99,6 @@ Result top_p_cuda(const at::Tensor& scores, double p, int64_t min_members,
     if (forced_lse) mass.masked_fill_(forced_lse->lt(INFINITY).logical_not(), NAN);
     return result;
   }
-  if (exact) return top_p_by_sort(scores, p, min_members, forced_lse);
   const at::Tensor one = at::ones({1}, mass.options());
   cuda::SelectParams params = as_selection(scores, one, forced_lse);
   params.indices_ptr = indices.mutable_data_ptr<int32_t>();

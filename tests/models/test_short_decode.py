@@ -26,6 +26,7 @@ from tests.models.tiny import config, in_pieces, tiny, tokens
 
 pytestmark = pytest.mark.families
 WINDOW, SINKS = 8, 2
+ROW = 2 * 128 * 2  # bytes of a key and its value, of 128 elements of two bytes
 
 
 def test_few_far_keys_are_all_read():
@@ -80,8 +81,7 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
 )  # fmt: skip
 def test_a_sieve_serves_many_heads(bits, keys, speed):
     """`speed`: of 32 of 32 retrieval heads against reading every key, on an H100."""
-    row = 2 * 128 * 2
-    shape = 1, 32, 4 * row, 32 * 16 * bits // 8, row, 8192
+    shape = 1, 32, 4 * ROW, 32 * 16 * bits // 8, ROW, 8192
     assert (keys >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
 
 
@@ -95,8 +95,7 @@ def test_a_sieve_serves_many_heads(bits, keys, speed):
 def test_refined_scores_cost_more(heads, keys, speed):
     """`speed`: with 4 bits, of 5 or 32 of 32 heads against reading every key, on an H200; of 5
     at 200,000 and 262,144 it lies between those beside it."""
-    row = 2 * 128 * 2
-    shape = 1, heads, 4 * row, heads * 16 * 4 // 8, row, 8192
+    shape = 1, heads, 4 * ROW, heads * 16 * 4 // 8, ROW, 8192
     fewest = fewest_to_select_from(*shape, one_launch=False, refines=True)
     assert (keys - 8196 >= fewest) == (speed > 1)
 
@@ -113,21 +112,19 @@ def test_refined_scores_cost_more(heads, keys, speed):
 def test_batches_select_where_that_is_quicker(batch, keys, tokens, speed):
     """`speed`: of 5 of 32 heads against cuDNN, on an H200; with 64 `min_tokens` and batches of 16
     and 64 a head selected 1,024."""
-    row = 2 * 128 * 2
-    shape = batch, 5, 4 * row, 5 * 32, row, tokens
+    shape = batch, 5, 4 * ROW, 5 * 32, ROW, tokens
     assert (keys - 8196 >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
 
 
 def test_a_sieve_is_for_many_scores():
-    row = 2 * 128 * 2
     for heads, keys in ((26, SIFTED_SCORES // 26), (28, None)):
-        least = fewest_to_select_from(1, heads, 4 * row, heads * 32, row, 0, sifts=True)
-        listed = LIST_BYTES + int(LISTED_COST * row * USUAL_TOKENS)
-        spared = 4 * row - heads * (32 + SIFTED_SCORE_BYTES)
+        least = fewest_to_select_from(1, heads, 4 * ROW, heads * 32, ROW, 0, sifts=True)
+        listed = LIST_BYTES + int(LISTED_COST * ROW * USUAL_TOKENS)
+        spared = 4 * ROW - heads * (32 + SIFTED_SCORE_BYTES)
         saved = (SPARED_BYTES + SIFTING_BYTES + heads * listed) // spared
         assert least == keys > saved if keys else least == saved + 1 > SIFTED_SCORES // heads
-    assert fewest_to_select_from(32, 32, 6 * row, 32 * 32, row, 0, sifts=True) == 1 << 15
-    assert fewest_to_select_from(0, 32, 4 * row, 32 * 32, row, 0, sifts=True) > 1 << 40
+    assert fewest_to_select_from(32, 32, 6 * ROW, 32 * 32, ROW, 0, sifts=True) == 1 << 15
+    assert fewest_to_select_from(0, 32, 4 * ROW, 32 * 32, ROW, 0, sifts=True) > 1 << 40
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ constexpr int64_t kMostInTeam = 512;
 
 constexpr int64_t kMembersAtOnce = 1 << 25;
 
-constexpr int64_t kRounds = 2;
+constexpr int64_t kFewestRuns = 2;
 
 /// What a round takes beside its members, in members that a block scores meanwhile; and with a
 /// sieve, for its sample.
@@ -59,10 +59,11 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   // small teams only.
   const int64_t most_teams = std::min({problems, fitting, static_cast<int64_t>(blocks)});
   const int64_t fewest = divide_up(problems, most_teams);
-  const int64_t most_rounds = sieves ? fewest : std::min(kMostMore * fewest, kMostRounds);
+  const int64_t most_rounds =
+      sieves ? fewest : std::max(fewest, std::min(kMostMore * fewest, kMostRounds));
   const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
   SelectPlan plan{};
-  for (int64_t rounds = fewest; rounds <= std::max(fewest, most_rounds); ++rounds) {
+  for (int64_t rounds = fewest; rounds <= most_rounds; ++rounds) {
     const int64_t teams = divide_up(problems, rounds);
     const int64_t size = std::min({blocks / teams, most, kMostInTeam});
     const int64_t time = time_of(p, rounds, size, more, sieves);
@@ -75,7 +76,7 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   plan.blocks = blocks;
   const int64_t warps = plan.team_size * kSelectWarps;
   // Runs of 4 where a warp has at least two of them.
-  if (groups >= kRounds * warps << kLongRun) plan.run_shift = kLongRun;
+  if (groups >= kFewestRuns * warps << kLongRun) plan.run_shift = kLongRun;
   plan.warp_groups = static_cast<int>(divide_up(groups, warps << plan.run_shift) << plan.run_shift);
   const size_t bytes =
       static_cast<size_t>(warp_room(plan.warp_groups, p.block_size)) * kSelectWarps * sizeof(float);

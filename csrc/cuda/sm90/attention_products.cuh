@@ -3,7 +3,7 @@
 
 #include "csrc/cuda/ptx/ldmatrix.cuh"
 #include "csrc/cuda/ptx/wgmma.cuh"
-#include "csrc/cuda/sm90/tensor_map.h"
+#include "csrc/cuda/sm90/attention_shared.cuh"
 
 namespace rtpurbo::cuda::sm90 {
 
@@ -41,8 +41,8 @@ struct Queries<kDim, true> {
 #pragma unroll
     for (int step = 0; step < kDim / kStep; ++step) {
       const int chunk = step % kPanelSteps * 2 + thread % 32 / 16;
-      ptx::ldmatrix_x4(fragments[step], shared + step / kPanelSteps * kBoxBytes + row * kRowBytes +
-                                            (chunk ^ row % 8) * 16);
+      ptx::ldmatrix_x4(fragments[step],
+                       shared + step / kPanelSteps * kBoxBytes + swizzled(row, chunk));
     }
   }
 

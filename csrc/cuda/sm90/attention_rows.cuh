@@ -119,8 +119,7 @@ struct Rows {
         words[i] = ptx::pack_pair<T>(out[first], out[first + 1]);
       }
       const int chunk = j % 8 + threadIdx.x % 32 / 16;
-      ptx::stmatrix_x4(
-          warp_rows + j / 8 * kBoxBytes + row * kBoxColumns * 2 + (chunk ^ row % 8) * 16, words);
+      ptx::stmatrix_x4(warp_rows + j / 8 * kBoxBytes + swizzled(row, chunk), words);
     }
   }
 };

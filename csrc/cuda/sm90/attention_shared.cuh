@@ -38,6 +38,11 @@ __device__ int first_block(int team, int place) {
   return Teams<kDim>::kCount == 1 ? 0 : team ^ place ^ 1;
 }
 
+/// Bytes to 16 bytes of a row of a panel, with the 128-byte swizzle.
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return row * kBoxColumns * 2 + (chunk ^ row % 8) * 16;
+}
+
 /// A row tile of one query head and the keys that it sees.
 template <int kKeys>
 struct Work {
