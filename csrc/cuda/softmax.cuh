@@ -6,6 +6,7 @@
 namespace rtpurbo::cuda {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
 
 /// 2^x to 2 ulp; 0 below the normal numbers.
 __device__ __forceinline__ float fast_exp2(float x) {
@@ -14,9 +15,15 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+/// log2(x) to 2^-22 of a sum of weights, the largest about 1; -inf of none.
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Log of sum 2^maximum, in nats.
 __device__ __forceinline__ float lse_of_octaves(float maximum, float sum) {
-  constexpr float kLn2 = 0.6931471805599453f;
   return (maximum + log2f(sum)) * kLn2;
 }
 

@@ -29,14 +29,6 @@ __device__ __forceinline__ void mask(float (&scores)[kWidth / 2],
   }
 }
 
-/// log of a sum of weights, of which the largest is about 1, or of none; to 2^-22.
-__device__ __forceinline__ float log_of_sum(float sum) {
-  constexpr float kLn2 = 0.6931471805599453f;
-  float octaves;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(octaves) : "f"(sum));
-  return octaves * kLn2;
-}
-
 template <typename T, int kDim>
 struct Rows {
   float out[kDim / 2];
@@ -107,7 +99,7 @@ struct Rows {
       const bool real = row + 8 * h < work.height;
       if (real && threadIdx.x % 32 % 4 == 0) {
         params.lse_ptr[(work.batch * params.lse_heads + work.job.lse_head) * params.rows + r] =
-            maximum[h] * params.scale + log_of_sum(total);
+            maximum[h] * params.scale + fast_log2(total) * kLn2;
       }
       if constexpr (kValues) decay[h] = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
     }
