@@ -1,4 +1,7 @@
-"""One thread, fixed seeds and few hypothesis examples; `pytest --full` draws many, at random."""
+"""One thread, fixed seeds and few hypothesis examples; `pytest --full` draws many, at random.
+
+`pytest --hypothesis-profile=fresh --hypothesis-seed=SEED` draws as few, of that seed.
+"""
 
 from collections.abc import Iterator
 
@@ -8,6 +11,7 @@ import torch
 
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, max_examples=300)
+hypothesis.settings.register_profile("fresh", deadline=None, max_examples=40, print_blob=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -36,6 +36,13 @@ bool rows_are_aligned(const AttentionParams& params) {
   return aligned;
 }
 
+int64_t attention_parts([[maybe_unused]] const AttentionParams& params) {
+#ifdef RTPURBO_WITH_SM90
+  if (!prefers_portable() && sm90::takes_attention(params)) return sm90::attention_parts(params);
+#endif
+  return 0;
+}
+
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {
 #ifdef RTPURBO_WITH_SM90
   if (!prefers_portable() && sm90::takes_attention(params)) {

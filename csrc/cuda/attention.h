@@ -42,12 +42,17 @@ struct AttentionParams {
   int32_t tile, block_size, window, sinks;
   float scale;
   uint32_t* ticket_ptr = nullptr;  // scratch of the launch; null: only the portable path
+  float* parts_ptr = nullptr;      // the same, attention_parts floats; null: no tile is split
   bool vectorized = false;         // 16-byte loads are aligned; the launchers set it
   HeadTable heads;
 };
 
 /// Whether all rows that are read begin at multiples of 16 bytes.
 bool rows_are_aligned(const AttentionParams& params);
+
+/// Floats of scratch for the results of parts, where row tiles are so few that their keys are split
+/// among multiprocessors; else 0.
+int64_t attention_parts(const AttentionParams& params);
 
 /// Attention or its log-sum-exp alone; float32, or 16-bit types by tensor cores: those of sm_90a
 /// where the device and the parameters allow it, else those of sm_80.

@@ -110,7 +110,13 @@ Result attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       int64_t tile, int64_t block_size) {
   const Arguments arguments(q, k, v, retrieval_heads, window, sinks, scale, start, k_local, v_local,
                             start_local, block_indices, block_counts, tile, block_size);
-  cuda::for_head_tables(kOp, q, arguments.params(), &cuda::launch_attention);
+  cuda::for_head_tables(
+      kOp, q, arguments.params(), [&](cuda::AttentionParams params, cudaStream_t stream) {
+        const at::Tensor parts =
+            at::empty({cuda::attention_parts(params)}, q.options().dtype(at::kFloat));
+        params.parts_ptr = parts.numel() > 0 ? parts.mutable_data_ptr<float>() : nullptr;
+        return cuda::launch_attention(params, stream);
+      });
   return arguments.result();
 }
 #endif

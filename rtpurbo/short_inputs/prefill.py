@@ -1,8 +1,8 @@
 """The short-input rule of sparse prefill: seconds with dense retrieval heads against seconds with
 lists and their selection.
 
-Attention takes as long as all its pairs of a row and a key, or as its longest tile of rows where
-there are few: a tile is one multiprocessor's. The constants were measured on an H100.
+Attention takes as long as all its pairs of a row and a key, or where there are few as the longest
+part of a tile of rows, which is one multiprocessor's. The constants were measured on an H100.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ ATTENTION_SECONDS = {64: 0.63e-12, 128: 0.84e-12, 256: 1.6e-12}
 these by now; the choices that measured best are still those with 0.63."""
 LONE_KEY_PAIRS = 13_500
 """What the whole device does while one multiprocessor, alone, does a key of a tile."""
+PART_KEYS = 1536
+"""Of a tile that one multiprocessor takes alone, at most, where there are few tiles."""
 NEAR_LSE_SECONDS = 0.39e-12, 2.2e-15
 """Of a pair of `near_lse`, fixed and for each dimension of a head."""
 FAR_SCORE_SECONDS = 0.1e-12
@@ -119,7 +121,7 @@ def attention_seconds(prefill: PrefillPass, share: float) -> float:
         pairs += prefill.heads * (near + share * far) + prefill.local_heads * local
         beyond = max(0, length - prefill.near)
         longest = max(longest, length - (1 - share) * beyond)
-    pairs = max(pairs, longest * LONE_KEY_PAIRS)
+    pairs = max(pairs, min(longest, PART_KEYS) * LONE_KEY_PAIRS)
     fits = (seconds for dim, seconds in ATTENTION_SECONDS.items() if prefill.dim <= dim)
     return pairs * next(fits, ATTENTION_SECONDS[256])
 

@@ -28,11 +28,13 @@ def attention_samples(start: Tensor) -> list[Sample]:
     lists = dict(block_indices=indices, block_counts=counts)
     local = dict(k_local=k[:, :1, :250], v_local=k[:, :1, 50:], start_local=start // 2)
     split = dict(k=k[:, :1], v=-k[:, :1], retrieval_heads=[0, 2])
+    many = halves(2, 2, 3000, 64)
     near = dict(q=q, k=k, q_heads=[4, 1], k_heads=[1, 0], window=70, sinks=2, scale=0.125)
     near |= {"start": start}
     return [
         Sample("attention", "hopper", base | {"start": start}),
         Sample("attention", "hopper_blocks", base | lists),
+        Sample("attention", "hopper_many_keys", base | dict(k=many, v=-many, start=start)),
         Sample("attention", "hopper_split", base | split | local | {"start": start}),
         Sample("near_lse", "hopper", near),
         Sample("near_lse", "one_row", near | {"q": q[:, :, :1]}),

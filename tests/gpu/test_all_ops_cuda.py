@@ -1,4 +1,4 @@
-"""What holds for every operator on CUDA: offsets beyond 32 bits, and devices of the arguments."""
+"""What holds for every operator on CUDA: memory, offsets beyond 32 bits, devices of arguments."""
 
 import math
 import re
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.samples import tensor_core_samples
+from tests.gpu.stores import same_bits
 from tests.samples import Sample, samples
 
 SMALL = [
@@ -37,6 +38,21 @@ def outputs_of_spread(sample: Sample, name: str, axis: int, distance: int) -> li
     view = spread(sample.arguments[name], axis, distance)
     results = sample.outputs(sample.with_tensors(torch.Tensor.cuda) | {name: view})
     return [result.cpu() for result in results]
+
+
+@each_sample
+def test_outputs_do_not_depend_on_fresh_memory(sample, request):
+    """Nor on that of workspaces."""
+
+    def outputs() -> list[Tensor]:
+        return [out.cpu() for out in sample.outputs(sample.with_tensors(torch.Tensor.cuda))]
+
+    expected = outputs()
+    request.getfixturevalue("poisoned_memory")
+    assert torch.empty(99, device="cuda").isnan().all()
+    assert (torch.empty(99, device="cuda", dtype=torch.uint8) == 255).all()
+    for got, want in zip(outputs(), expected, strict=True):
+        assert same_bits(got, want)
 
 
 @pytest.mark.usefixtures("memory_is_given_back")

@@ -15,6 +15,7 @@ from torch import Tensor
 from rtpurbo import ops
 from tests import reference
 from tests.gpu.attention_check import CUDA_TYPES, assert_rounded, map_tensors, to_cuda
+from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
 from tests.lists import lists_where
 from tests.ops.attention_cases import Case, attention_arguments, draw
@@ -207,7 +208,8 @@ def test_lists_repeat_and_replay(dim: int) -> None:
 @pytest.mark.parametrize("dtype", CUDA_TYPES)
 @pytest.mark.parametrize("seed", range(10))
 def test_any_split_equals_one_pass(seed: int, dtype: torch.dtype) -> None:
-    """Rows in chunks, each with the keys so far; of whole tiles with the same bits, lists too."""
+    """Rows in chunks, each with the keys so far; of whole tiles with lists, too. Bits may differ: a
+    chunk's tiles may be split among multiprocessors."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     dim, rows, heads = rng.choice([64, 128, 256]), rng.randint(300, 1200), 6
@@ -230,11 +232,8 @@ def test_any_split_equals_one_pass(seed: int, dtype: torch.dtype) -> None:
             part = {name: tensor[:, :, tiles] for name, tensor in whole.items()}
             keys = (t[:, :, :b] for t in (k, v))
             got = ops.attention(q[:, :, a:b], *keys, *call, start=start, **part)
-            if unit == 128 and dtype != torch.float32:
-                assert torch.equal(got[0], out[:, :, a:b]) and torch.equal(got[1], lse[:, :, a:b])
-            else:
-                torch.testing.assert_close(got[0], out[:, :, a:b], atol=tolerance, rtol=tolerance)
-                torch.testing.assert_close(got[1], lse[:, :, a:b], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got[0], out[:, :, a:b], atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(got[1], lse[:, :, a:b], atol=1e-5, rtol=1e-5)
 
 
 def test_graph_capture_replays() -> None:
@@ -259,6 +258,44 @@ def test_offsets_beyond_two_to_the_31() -> None:
     far = ops.attention(q, k, k, [1], 9, 4, 0.125)
     packed = ops.attention(q, k.contiguous(), k.contiguous(), [1], 9, 4, 0.125)
     assert all(map(torch.equal, far, packed))
+
+
+def draw_long_rows() -> list[Tensor]:
+    """q, k and v of a call whose output has more than 2^31 elements."""
+    needs_memory(13)
+    rows, dim = 2**19 + 200, 128
+    return [
+        torch.randn(1, heads, rows, dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (32, 4, 4)
+    ]
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_outputs_beyond_two_to_the_31() -> None:
+    q, k, v = draw_long_rows()
+    scale = 128**-0.5
+    results = ops.attention(q, k, v, [], 1, 0, scale)
+    assert results[0].numel() > 2**31
+    assert_rows_see_themselves(q, k, v, scale, results, LSE_TOLERANCE)
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_outputs_beyond_two_to_the_31_with_lists() -> None:
+    """Of each tile's own blocks, beside local heads; chunks of whole tiles have the same bits."""
+    q, k, v = draw_long_rows()
+    rows, chunk, call = q.shape[2], 2**17, ([0, 13, 31], 1, 0, 128**-0.5)
+    tiles = -(-rows // 128)
+    own = torch.arange(2 * tiles, device="cuda", dtype=torch.int32).view(1, 1, tiles, 2)
+    own = own.expand(1, 3, tiles, 2)
+    counts = torch.full_like(own[..., 0], 2)
+    out, lse = ops.attention(q, k, v, *call, block_indices=own, block_counts=counts)
+    for a in range(0, rows, chunk):
+        b, part = min(a + chunk, rows), slice(a // 128, (a + chunk) // 128)
+        got = ops.attention(
+            q[:, :, a:b], k[:, :, :b], v[:, :, :b], *call, block_indices=own[:, :, part],
+            block_counts=counts[:, :, part],
+        )  # fmt: skip
+        assert torch.equal(got[0], out[:, :, a:b]) and torch.equal(got[1], lse[:, :, a:b])
 
 
 def test_heads_of_all_roles_over_long_rows() -> None:

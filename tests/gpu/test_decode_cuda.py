@@ -7,6 +7,7 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
+from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
 
 
@@ -199,6 +200,22 @@ def test_keys_beyond_2_to_the_31_elements(cuda_device):
     counts = torch.ones(1, 1, 1, device=cuda_device, dtype=torch.int32)
     out, lse = ops.decode(q, k, k, [0], 10, 10, 4, 1.0, indices=indices, counts=counts)
     assert out[0, 0, 0, 0] == 100 and lse[0, 0, 0] == 100
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+@pytest.mark.parametrize("listed", [False, True])
+def test_outputs_beyond_2_to_the_31_elements(listed, cuda_device):
+    """Of more sequences than a grid holds, of one key each; a head with a list has two parts."""
+    needs_memory(19 if listed else 10)
+    batch, one = 2**16 + 8, dict(device=cuda_device, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(batch, heads, 1, 256, **one) for heads in (128, 8, 8))
+    more = {}
+    if listed:
+        nothing = torch.zeros(batch, 1, 1, 1, device=cuda_device, dtype=torch.int32)
+        more = dict(indices=nothing, counts=nothing[..., 0])
+    results = ops.decode(q, k, v, [77] if listed else [], 1, 1, 0, 0.0625, **more)
+    assert results[0].numel() > 2**31
+    assert_rows_see_themselves(q, k, v, 0.0625, results, 2e-4)
 
 
 @pytest.mark.usefixtures("memory_is_given_back")

@@ -72,6 +72,33 @@ def test_a_short_prefill_is_dense_by_default_in_16_bits(kind, cuda_device):
     assert kind == "float32" or torch.equal(*logits)
 
 
+@pytest.mark.parametrize(
+    ("prefill", "pieces"),
+    [("dense", [7, 120, 3, 301, 1069]), ("sparse", [512, 128, 860])],
+    ids=["dense", "sparse"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_a_prompt_equal_one_pass(kind, prefill, pieces, cuda_device):
+    check_chunks(kind, prefill, pieces, cuda_device)
+
+
+def check_chunks(kind: str, prefill: str, pieces: list[int], device: torch.device) -> None:
+    """A sparse prefill in whole tiles, which select alone; in bfloat16 within its roundings."""
+    ids, mask = (tensor.to(device) for tensor in padded((1500, 1100, 20)))
+    options = dict(index_dim=16, window=70, top_p=0.9, select_from=0, prefill=prefill)
+    passes = []
+    for dtype in (getattr(torch, kind), torch.float32):
+        model = tiny(**KINDS[kind]).to(getattr(torch, kind)).to(device, dtype)
+        rtpurbo.sparsify(model, config(**options))
+        chunks = in_pieces(model, ids, pieces, mask)
+        passes.append([logits[mask.bool()].float() for logits in (whole(model, ids, mask), chunks)])
+        assert (state(model).layers[0].last.counts is not None) == (prefill == "sparse")
+    (one, chunks), (exact, exact_chunks) = passes
+    torch.testing.assert_close(exact_chunks, exact, atol=2e-3, rtol=1e-3)
+    if kind != "float32":
+        assert (chunks - one).abs().mean() <= 2 * (one - exact).abs().mean()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_that_need_too_many_blocks_run_dense_and_count(kind, cuda_device, monkeypatch):
     check_fallbacks(kind, cuda_device, monkeypatch)

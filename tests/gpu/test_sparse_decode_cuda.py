@@ -11,6 +11,7 @@ from rtpurbo.ops.quantize_index import INDEX_BLOCK
 from rtpurbo.ops.sparse_decode import WORD_KEYS, unpacked
 from tests import reference
 from tests.gpu.kernels import kernels_of
+from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
 from tests.ops.test_sparse_decode_properties import keys_read, lists_of
 from tests.reference.masks import last_positions, near, visible
@@ -351,6 +352,21 @@ def test_keys_beyond_2_to_the_31_elements(cuda_device):
     )
     assert counts.item() == 1 and unpacked(selected, keys).nonzero()[:, -1].tolist() == [best]
     assert out[0, 0, 0, 0] == 100 and abs(lse.item() - 100) < 1e-4
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
+def test_outputs_beyond_2_to_the_31_elements(cuda_device):
+    """Of many sequences with one key each, which is near: nothing is left to select."""
+    needs_memory(19)
+    batch, one = 2**16 + 8, dict(device=cuda_device, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(batch, heads, 1, 256, **one) for heads in (128, 8, 8))
+    index = torch.randn(batch, 1, 1, 16, device=cuda_device, dtype=torch.float16)
+    *results, selected, counts, mass = ops.sparse_decode(
+        q, k, v, [77], index, index, [0], 0.9, 1, 1, 0, 0, 0.0625
+    )
+    assert results[0].numel() > 2**31
+    assert_rows_see_themselves(q, k, v, 0.0625, results, 2e-4)
+    assert not selected.any() and not counts.any() and (mass == 1).all()
 
 
 @pytest.mark.parametrize("keys", [40_000, 300_007])

@@ -13,6 +13,7 @@ from tests import reference
 from tests.lists import lists_where
 from tests.properties import Layer, assert_within_twice_the_error, check_set, layers
 from tests.reference.masks import last_positions, near, visible
+from tests.reference.quantize_index import BLOCK, all_keys
 from tests.reference.select import block_scores, index_logits
 from tests.reference.softmax import log_sum_exp
 
@@ -24,26 +25,38 @@ choices = st.fixed_dictionaries(
         block_size=st.sampled_from([1, 16, 32, 64]),
         near_window=st.integers(1, 40) | st.integers(1, 600),
         beyond_window=st.booleans(),
+        index_bits=st.sampled_from([16, 16, 8, 4]),
     )
 )
 index_dims = st.sampled_from([4, 16, 16])
 
 
 def arguments_of(layer: Layer, choice: dict, dim: int) -> dict:
-    """Index queries and keys: half as they are cached, some keys shared by several heads."""
+    """Index queries and keys: half as they are cached, some keys shared by several heads.
+
+    With fewer than 16 bits, the first blocks of keys as codes: none, some, or all that are whole.
+    """
+    choice = choice.copy()
+    bits = choice.pop("index_bits")
     generator = layer.generator()
     heads = len(layer.retrieval_heads)
     shared = int(torch.randint(1, heads + 1, (), generator=generator))
     index_map = torch.randint(shared, (heads,), generator=generator).tolist()
     q_index = torch.randn(layer.batch, heads, 1, dim, generator=generator) * 2
-    k_index = torch.randn(layer.batch, shared, layer.keys, dim, generator=generator)
+    k_index = torch.randn(layer.batch, shared, layer.keys, dim, generator=generator).half()
+    more: dict[str, Tensor] = {}
+    if bits < 16:
+        coded = BLOCK * int(torch.randint(layer.keys // BLOCK + 1, (), generator=generator))
+        far, k_index = k_index.split([coded, layer.keys - coded], 2)
+        more = dict(zip(("codes", "ranges"), ops.quantize_index(far, bits), strict=True))
     return (
         layer.mask()
         | choice
+        | more
         | dict(
             retrieval_heads=list(layer.retrieval_heads),
             q_index=q_index.to(layer.dtype),
-            k_index=k_index.half(),
+            k_index=k_index.contiguous(),
             index_map=index_map,
         )
     )
@@ -93,7 +106,8 @@ def keys_read(
 def check_selection(layer: Layer, arguments: dict, forced: Tensor, indices: Tensor, out: tuple):
     _, _, _, counts, mass = out
     keys, size = layer.keys, arguments["block_size"]
-    logits = index_logits(arguments["q_index"], arguments["k_index"], arguments["index_map"], None)
+    scored = all_keys(arguments["k_index"], arguments.get("codes"), arguments.get("ranges"))
+    logits = index_logits(arguments["q_index"], scored, arguments["index_map"], None)
     positions = last_positions(1, keys, layer.batch)
     sees = visible(positions, keys, arguments["start"])
     close = near(positions, keys, arguments["start"], arguments["near_window"], layer.sinks)
@@ -117,7 +131,8 @@ def check(layer: Layer, q: Tensor, k: Tensor, v: Tensor, arguments: dict, forced
     out, lse, selected, counts, _ = result
     indices = lists_of(selected, counts, layer.keys, arguments["block_size"])
     check_selection(layer, arguments, forced, indices, result)
-    index = ("q_index", "k_index", "index_map", "p", "min_tokens", "beyond_window")
+    index = ("q_index", "k_index", "index_map", "codes", "ranges")
+    index += ("p", "min_tokens", "beyond_window")
     attended = {name: value for name, value in arguments.items() if name not in index}
     attended |= dict(indices=indices, counts=counts)
     exact, exact_lse = reference.decode(q, k, v, **attended)
@@ -160,9 +175,11 @@ def test_what_is_not_attended_is_never_read(layer, choice):
     expected = ops.sparse_decode(q, k, v, **arguments)
     used = keys_read(q, k, expected[2], **arguments)
     k[~used] = v[~used] = torch.nan
-    if arguments["start"] is not None:
-        for b, first in enumerate(arguments["start"].tolist()):
-            arguments["k_index"][b, :, :first] = torch.nan
+    coded = layer.keys - arguments["k_index"].shape[2]
+    for b, first in enumerate(layer.start or ()):
+        arguments["k_index"][b, :, : max(0, first - coded)] = torch.nan
+        if coded:
+            arguments["ranges"][b, :, : first // BLOCK] = torch.nan
     for got, want in zip(ops.sparse_decode(q, k, v, **arguments), expected, strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
 

@@ -1,9 +1,11 @@
 #include <algorithm>
+#include <cmath>
 
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/sm90/attention.h"
 #include "csrc/cuda/sm90/attention_maps.h"
+#include "csrc/cuda/sm90/attention_parts.cuh"
 #include "csrc/cuda/sm90/tensor_map.h"
 #include "csrc/cuda/sm90/work_queue.h"
 
@@ -84,14 +86,50 @@ uint32_t heads_of_section(const AttentionParams& params) {
   return kv_heads == 0 ? 1 : static_cast<uint32_t>((heads * together + kv_heads - 1) / kv_heads);
 }
 
+/// Parts of a tile, by role.
+struct Split {
+  int64_t retrieval = 1, near = 1;
+};
+
+/// Splits tiles that would take longer than all work takes when it is spread evenly, into parts
+/// that are short against that. Tiles of a chunk, all as long, leave multiprocessors idle sooner
+/// than those of a whole prompt, of which the short ones fill up what the long ones leave.
+Split split_of(const AttentionParams& params) {
+  constexpr double kFewestKeys = 1024, kPartsOfShare = 3.0, kMostParts = 32.0;
+  const double keys = std::max(params.keys, params.local_keys);
+  const double mean = keys - params.rows / 2.0;  // of a tile's keys
+  const double listed =
+      params.block_indices_ptr ? static_cast<double>(params.capacity) * params.block_size : keys;
+  const double seen = static_cast<double>(params.window) + params.sinks + kTileRows;
+  const double all =
+      static_cast<double>(params.batch * tiles_of(params)) *
+      (params.heads.retrieval * std::min(mean, listed) + params.heads.near * std::min(mean, seen));
+  const double share =
+      std::max(kFewestKeys, all / std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)));
+  const double longest_whole = (2.0 * params.rows < keys ? 0.5 : 1.5) * share;
+  const auto parts = [&](double longest) {
+    if (longest < longest_whole) return int64_t{1};
+    const double wanted = longest / std::max(kFewestKeys, share / kPartsOfShare);
+    return static_cast<int64_t>(std::clamp(std::ceil(wanted), 1.0, kMostParts));
+  };
+  return {.retrieval = parts(std::min(keys, listed)), .near = parts(std::min(keys, seen))};
+}
+
+/// Not split without scratch.
 WorkQueue work_queue(const AttentionParams& params) {
   const int64_t tiles = tiles_of(params);
   const auto retrieval = static_cast<uint32_t>(params.heads.retrieval);
   const auto near = static_cast<uint32_t>(params.heads.near);
-  return {.retrieval = {0, retrieval, heads_of_section(params)},
-          .near = {retrieval, near, near},
-          .retrieval_items = static_cast<uint32_t>(params.batch * retrieval * tiles),
-          .items = static_cast<uint32_t>(params.batch * (retrieval + near) * tiles),
+  const Split split = params.parts_ptr ? split_of(params) : Split{};
+  const auto retrieval_items =
+      static_cast<uint32_t>(params.batch * retrieval * tiles * split.retrieval);
+  const auto near_items = static_cast<uint32_t>(params.batch * near * tiles * split.near);
+  return {.retrieval = {0, retrieval, heads_of_section(params),
+                        static_cast<uint32_t>(split.retrieval), 0},
+          .near = {retrieval, near, near, static_cast<uint32_t>(split.near),
+                   split.retrieval > 1 ? retrieval_items : 0},
+          .retrieval_items = retrieval_items,
+          .items = retrieval_items + near_items,
           .tiles = static_cast<uint32_t>(tiles)};
 }
 
@@ -103,6 +141,18 @@ bool takes_attention(const AttentionParams& params) {
   return params.type != ElementType::kFloat32 && params.dim <= kMaxHeadDim && params.ticket_ptr &&
          rows_are_aligned(params) && rows_are_aligned(params.out, 2) && items < kMaxItems &&
          takes_lists(params) && is_sm90();
+}
+
+int64_t attention_parts(const AttentionParams& params) {
+  const Split split = split_of(params);
+  const auto parts = [&](int64_t heads, int64_t of_tile) {
+    return of_tile == 1 ? 0 : params.batch * heads * tiles_of(params) * of_tile;
+  };
+  const int64_t floats = params.dim <= 64    ? Parts<64>::kFloats
+                         : params.dim <= 128 ? Parts<128>::kFloats
+                                             : Parts<256>::kFloats;
+  return floats *
+         (parts(params.heads.retrieval, split.retrieval) + parts(params.heads.near, split.near));
 }
 
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {

@@ -11,6 +11,9 @@ namespace rtpurbo::cuda::sm90 {
 /// of 128 rows where there are lists, and the current device.
 bool takes_attention(const AttentionParams& params);
 
+/// The same as attention_parts, of parameters that this path takes.
+int64_t attention_parts(const AttentionParams& params);
+
 /// The same as launch_attention. cudaErrorNotSupported, with nothing launched, when the driver
 /// cannot describe the tensors.
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream);

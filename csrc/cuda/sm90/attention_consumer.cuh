@@ -7,6 +7,7 @@
 
 #include "csrc/cuda/ptx/tma.cuh"
 #include "csrc/cuda/sm90/attention_maps.h"
+#include "csrc/cuda/sm90/attention_parts.cuh"
 #include "csrc/cuda/sm90/attention_poison.cuh"
 #include "csrc/cuda/sm90/attention_products.cuh"
 #include "csrc/cuda/sm90/attention_rows.cuh"
@@ -255,6 +256,10 @@ struct Consumer {
   __device__ __forceinline__ void store(const Work<kKeys>& work, int tile) {
     rows.template finish<kValues>(params, work, row);
     if constexpr (kValues) {
+      if (work.part >= 0) {
+        rows.store_part(Parts<kDim>(params.parts_ptr).out(work.part), row, work.height);
+        return;
+      }
       const int first = threadIdx.x / 32 % 4 * kWarpRows;
       unsigned char* queries = shared.queries[tile] + warpgroup * Memory::kPanels * kBoxBytes;
       unsigned char* warp_rows = queries + first * kBoxColumns * 2;

@@ -5,6 +5,7 @@
 #include "csrc/cuda/ptx/setmaxnreg.cuh"
 #include "csrc/cuda/sm90/attention_consumer.cuh"
 #include "csrc/cuda/sm90/attention_producer.cuh"
+#include "csrc/cuda/sm90/merge_parts.cuh"
 
 namespace rtpurbo::cuda::sm90 {
 
@@ -82,7 +83,8 @@ cudaError_t launch(const AttentionParams& params, const AttentionMaps& maps, con
     return error;
   }
   kernel<<<blocks, kBlockThreads<kDim>, kBytes, stream>>>(params, maps, queue);
-  return cudaGetLastError();
+  if (const cudaError_t error = cudaGetLastError(); !kValues || error != cudaSuccess) return error;
+  return merge_parts<T, kDim>(params, queue, stream);
 }
 
 template <typename T, int kDim>

@@ -23,20 +23,21 @@ __device__ void find_work(const AttentionParams& params, const WorkQueue& queue,
   const bool near = item >= queue.retrieval_items;
   if (near) item -= queue.retrieval_items;
   const WorkQueue::Role& role = near ? queue.near : queue.retrieval;
-  const uint32_t batch = item / (role.heads * queue.tiles);
-  item %= role.heads * queue.tiles;
-  const uint32_t first = item / (role.section * queue.tiles) * role.section;
-  item %= role.section * queue.tiles;
-  const uint32_t heads = min(role.section, role.heads - first);
-  const HeadJob& job = params.heads.jobs[role.first_job + first + item % heads];
-  const int tile = static_cast<int>(queue.tiles - 1 - item / heads);
+  const bool split = role.parts > 1;
+  work.part = split ? static_cast<int>(role.first_part + item) : -1;
+  const uint32_t part = split ? item % role.parts : 0;
+  if (split) item /= role.parts;
+  const WorkQueue::Tile place = queue.tile(role, item);
+  const HeadJob& job = params.heads.jobs[place.job];
+  const int tile = static_cast<int>(place.number);
 
   work.job = job;
-  work.batch = static_cast<int>(batch);
+  work.batch = static_cast<int>(place.batch);
   work.row = tile * kTileRows;
   work.height = min(kTileRows, params.rows - work.row);
   work.position = work.row + (job.from_local ? params.local_keys : params.keys) - params.rows;
   find_key_blocks(params, job, work.batch, tile, work.position, work.height, work.blocks);
+  if (split) work.blocks.take_part(static_cast<int>(part), static_cast<int>(role.parts));
 }
 
 template <int kDim, bool kValues>

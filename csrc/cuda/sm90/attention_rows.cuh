@@ -4,6 +4,7 @@
 
 #include "csrc/cuda/ptx/mma.cuh"
 #include "csrc/cuda/ptx/stmatrix.cuh"
+#include "csrc/cuda/sm90/attention_parts.cuh"
 #include "csrc/cuda/sm90/attention_shared.cuh"
 #include "csrc/cuda/softmax.cuh"
 
@@ -98,12 +99,32 @@ struct Rows {
       const int64_t r = work.row + row + 8 * h;
       const bool real = row + 8 * h < work.height;
       if (real && threadIdx.x % 32 % 4 == 0) {
-        params.lse_ptr[(work.batch * params.lse_heads + work.job.lse_head) * params.rows + r] =
-            maximum[h] * params.scale + fast_log2(total) * kLn2;
+        const float lse = maximum[h] * params.scale + fast_log2(total) * kLn2;
+        if (kValues && work.part >= 0) {
+          Parts<kDim>(params.parts_ptr).lse(work.part)[row + 8 * h] = lse;
+        } else {
+          params.lse_ptr[(work.batch * params.lse_heads + work.job.lse_head) * params.rows + r] =
+              lse;
+        }
       }
       if constexpr (kValues) decay[h] = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
     }
     if constexpr (kValues) decay_out();
+  }
+
+  /// Writes the output as it is to rows of kDim.
+  __device__ __forceinline__ void store_part(float* part, int row, int height) const {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (row + 8 * h >= height) continue;
+      float* to = part + (row + 8 * h) * kDim + column;
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j) {
+        *reinterpret_cast<float2*>(to + 8 * j) =
+            make_float2(out[4 * j + 2 * h], out[4 * j + 2 * h + 1]);
+      }
+    }
   }
 
   /// Writes the output of a warp's 16 rows as the copy engine stores them: panels of 64 columns,

@@ -43,7 +43,7 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kBoxColumns * 2 + (chunk ^ row % 8) * 16;
 }
 
-/// A row tile of one query head and the keys that it sees.
+/// A row tile of one query head and the keys that it sees, or a part of them.
 template <int kKeys>
 struct Work {
   HeadJob job;
@@ -51,6 +51,7 @@ struct Work {
   int32_t row;
   int32_t height;  // 0: there is no more work
   int32_t position;
+  int32_t part;  // its place in the scratch, -1: the tile is not split
   KeyBlocks<kKeys> blocks;
 };
 

@@ -49,10 +49,41 @@ struct KeyBlocks {
   int members;
   int filling;
   int front;  // masked blocks at the diagonal; then perhaps the one that holds `start`
+  int all;    // the whole list's blocks
 
   __device__ KeyBlock<kBoxes> at(int i) const { return list ? listed(i) : run(i); }
 
+  /// Keeps what belongs to one of several parts: the first one has the masked blocks.
+  __device__ void take_part(int part, int parts) {
+    const int full = total - masked;
+    const int of_first = min(max((total + parts - 1) / parts - masked, 0), full);
+    const auto before = [&](int p) { return of_first + (full - of_first) * (p - 1) / (parts - 1); };
+    if (part == 0) {
+      total = masked + of_first;
+    } else {
+      const int skipped = before(part);
+      total = before(part + 1) - skipped;
+      skip(skipped);
+    }
+  }
+
  private:
+  /// Forgets the masked blocks and the next `count`.
+  __device__ void skip(int count) {
+    if (list) {
+      members += filling - (front + count) * kBoxes;
+      filling = front = 0;
+    } else {
+      const int diagonal = min(window_blocks, kDiagonal);
+      const int inner = left_blocks - diagonal, of_window = min(count, inner);
+      end -= kKeys * (diagonal + of_window);
+      left_blocks = inner - of_window;
+      window_blocks = 0;
+      start += kKeys * (count - of_window);
+    }
+    masked = 0;
+  }
+
   __device__ KeyBlock<kBoxes> run(int i) const {
     const int diagonal = min(window_blocks, kDiagonal);
     const int left = window_blocks - left_blocks;
@@ -80,7 +111,7 @@ struct KeyBlocks {
   }
 
   __device__ KeyBlock<kBoxes> listed(int i) const {
-    const int group = i < front ? i : i < masked ? total - 1 : i - (masked - front);
+    const int group = i < front ? i : i < masked ? all - 1 : i - (masked - front);
     KeyBlock<kBoxes> block{.floor = start, .ceiling = INT_MAX, .window = kNoKeys};
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
@@ -122,7 +153,7 @@ __device__ void find_key_blocks(const AttentionParams& params, const HeadJob& jo
       blocks.list = list + from;
       blocks.members = to - from;
       if (blocks.members == 0) return;
-      blocks.total = (blocks.members + Blocks::kBoxes - 1) / Blocks::kBoxes;
+      blocks.total = blocks.all = (blocks.members + Blocks::kBoxes - 1) / Blocks::kBoxes;
       blocks.filling = blocks.total * Blocks::kBoxes - blocks.members;
       int hidden = blocks.filling;  // boxes in front that some row does not see whole
       for (int i = blocks.members - 1; i >= 0; --i, ++hidden) {
