@@ -106,7 +106,7 @@ Split split_of(const AttentionParams& params) {
       (params.heads.retrieval * std::min(mean, listed) + params.heads.near * std::min(mean, seen));
   const double share =
       std::max(kFewestKeys, all / std::max(1, device_attribute(cudaDevAttrMultiProcessorCount)));
-  const double longest_whole = (2.0 * params.rows < keys ? 0.5 : 1.5) * share;
+  const double longest_whole = (2.0 * params.rows < keys ? 0.5 : 1.75) * share;
   const auto parts = [&](double longest) {
     if (longest < longest_whole) return int64_t{1};
     const double wanted = longest / std::max(kFewestKeys, share / kPartsOfShare);
