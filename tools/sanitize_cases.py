@@ -134,6 +134,12 @@ def crowded(dim: int, keys: int) -> None:
     ops.near_lse(q, k, heads, [0, 1, 2], keys, 3, dim**-0.5, starts)
 
 
+def split(dim: int) -> None:
+    """Few row tiles over many keys."""
+    q, k = draw(2, 4, 70, dim, dtype=torch.bfloat16), draw(2, 2, 2500, dim, dtype=torch.bfloat16)
+    ops.attention(q, k, k, [1], 1700, 3, dim**-0.5, torch.tensor([0, 2400], device=CUDA))
+
+
 def tiles(rank: str, near_lse: torch.Tensor | None) -> None:
     start = torch.tensor([0, 150], device=CUDA)
     for dim, dtype in ((16, torch.float16), (24, torch.float32)):
@@ -190,6 +196,7 @@ for dim, dtype in SIZES:
     prefill(dim, dtype)
 for dim in (64, 128, 256):
     crowded(dim, 700)
+    split(dim)
 torch.cuda.synchronize()
 if os.environ.get("RTPURBO_PORTABLE") == "1":
     sys.exit()
