@@ -1,4 +1,5 @@
-"""The rule by which a low-precision kernel passes: at most twice the error of PyTorch."""
+"""attention on CUDA against the float64 reference, and the rule by which a low-precision kernel
+passes: at most twice the error of PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtpurbo import ops
+from tests import reference
+
 CUDA_TYPES = [torch.float32, torch.bfloat16, torch.float16]
+LSE_TOLERANCE = 1e-5
+OUT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -38,3 +44,18 @@ def assert_rounded(actual: Tensor, exact: Tensor, rounded: Tensor, atol: float) 
     error = (actual - exact)[finite].abs().max().item()
     allowed = 2 * (rounded - exact)[finite].nan_to_num().abs().max().item() + atol
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check(positional: tuple, keywords: dict) -> tuple[Tensor, Tensor]:
+    """Runs the operator on CUDA and holds it against the reference; returns its results."""
+    dtype = positional[0].dtype
+    out, lse = ops.attention(*map_tensors(positional, to_cuda), **map_tensors(keywords, to_cuda))
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert out.transpose(1, 2).is_contiguous()
+    exact = reference.attention(*positional, **keywords)
+    rounded = reference.attention(*positional, **keywords, compute=dtype)
+    assert_rounded(out, exact[0], rounded[0], OUT_TOLERANCE[dtype])
+    torch.testing.assert_close(
+        lse.cpu().double(), exact[1], atol=LSE_TOLERANCE, rtol=LSE_TOLERANCE, equal_nan=True
+    )
+    return out, lse

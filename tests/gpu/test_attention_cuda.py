@@ -13,30 +13,11 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from tests import reference
-from tests.gpu.attention_check import CUDA_TYPES, assert_rounded, map_tensors, to_cuda
+from tests.gpu.attention_check import CUDA_TYPES, LSE_TOLERANCE, check
 from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
 from tests.lists import lists_where
 from tests.ops.attention_cases import Case, attention_arguments, draw
-
-LSE_TOLERANCE = 1e-5
-OUT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3}
-
-
-def check(positional: tuple, keywords: dict) -> tuple[Tensor, Tensor]:
-    """Runs the operator on CUDA and holds it against the reference; returns its results."""
-    dtype = positional[0].dtype
-    out, lse = ops.attention(*map_tensors(positional, to_cuda), **map_tensors(keywords, to_cuda))
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    assert out.transpose(1, 2).is_contiguous()
-    exact = reference.attention(*positional, **keywords)
-    rounded = reference.attention(*positional, **keywords, compute=dtype)
-    assert_rounded(out, exact[0], rounded[0], OUT_TOLERANCE[dtype])
-    torch.testing.assert_close(
-        lse.cpu().double(), exact[1], atol=LSE_TOLERANCE, rtol=LSE_TOLERANCE, equal_nan=True
-    )
-    return out, lse
 
 
 def draw_cuda(seed: int, dtype: torch.dtype) -> Case:

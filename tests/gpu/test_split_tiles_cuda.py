@@ -8,24 +8,12 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from tests import reference
-from tests.gpu.attention_check import assert_rounded, map_tensors, to_cuda
+from tests.gpu.attention_check import check
 from tests.gpu.kernels import kernels_of
 from tests.gpu.repeats import assert_repeats
 from tests.lists import lists_where
 
 TYPES = [torch.float16, torch.bfloat16]
-
-
-def check(positional: tuple, keywords: dict) -> tuple[Tensor, Tensor]:
-    """Holds the operator on CUDA against the reference; returns its results."""
-    dtype = positional[0].dtype
-    out, lse = ops.attention(*map_tensors(positional, to_cuda), **map_tensors(keywords, to_cuda))
-    exact = reference.attention(*positional, **keywords)
-    rounded = reference.attention(*positional, **keywords, compute=dtype)
-    assert_rounded(out, exact[0], rounded[0], 2e-4 if dtype == torch.float16 else 1e-3)
-    torch.testing.assert_close(lse.cpu().double(), exact[1], atol=1e-5, rtol=1e-5, equal_nan=True)
-    return out, lse
 
 
 def tensor(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/element.cuh"
@@ -115,12 +116,10 @@ Split split_of(const AttentionParams& params) {
   return {.retrieval = parts(std::min(keys, listed)), .near = parts(std::min(keys, seen))};
 }
 
-/// Not split without scratch.
-WorkQueue work_queue(const AttentionParams& params) {
+WorkQueue work_queue(const AttentionParams& params, const Split& split) {
   const int64_t tiles = tiles_of(params);
   const auto retrieval = static_cast<uint32_t>(params.heads.retrieval);
   const auto near = static_cast<uint32_t>(params.heads.near);
-  const Split split = params.parts_ptr ? split_of(params) : Split{};
   const auto retrieval_items =
       static_cast<uint32_t>(params.batch * retrieval * tiles * split.retrieval);
   const auto near_items = static_cast<uint32_t>(params.batch * near * tiles * split.near);
@@ -131,6 +130,14 @@ WorkQueue work_queue(const AttentionParams& params) {
           .retrieval_items = retrieval_items,
           .items = retrieval_items + near_items,
           .tiles = static_cast<uint32_t>(tiles)};
+}
+
+/// Calls fn(dim) with the kernel's head dim as a constant.
+template <typename Fn>
+auto with_dim(int dim, const Fn& fn) {
+  if (dim <= 64) return fn(std::integral_constant<int, 64>());
+  if (dim <= 128) return fn(std::integral_constant<int, 128>());
+  return fn(std::integral_constant<int, 256>());
 }
 
 }  // namespace
@@ -144,21 +151,18 @@ bool takes_attention(const AttentionParams& params) {
 }
 
 int64_t attention_parts(const AttentionParams& params) {
-  const Split split = split_of(params);
-  const auto parts = [&](int64_t heads, int64_t of_tile) {
-    return of_tile == 1 ? 0 : params.batch * heads * tiles_of(params) * of_tile;
-  };
-  const int64_t floats = params.dim <= 64    ? Parts<64>::kFloats
-                         : params.dim <= 128 ? Parts<128>::kFloats
-                                             : Parts<256>::kFloats;
-  return floats *
-         (parts(params.heads.retrieval, split.retrieval) + parts(params.heads.near, split.near));
+  const WorkQueue queue = work_queue(params, split_of(params));
+  const uint32_t near_items = queue.items - queue.retrieval_items;
+  const int64_t parts = int64_t{queue.retrieval.parts > 1 ? queue.retrieval_items : 0} +
+                        int64_t{queue.near.parts > 1 ? near_items : 0};
+  return parts *
+         with_dim(params.dim, [](auto dim) { return Parts<decltype(dim)::value>::kFloats; });
 }
 
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {
   AttentionMaps maps;
   if (!encode_maps(maps, params)) return cudaErrorNotSupported;
-  const WorkQueue queue = work_queue(params);
+  const WorkQueue queue = work_queue(params, params.parts_ptr ? split_of(params) : Split{});
   if (queue.items == 0) return cudaSuccess;
   const int blocks = static_cast<int>(std::min<int64_t>(
       queue.items, std::max(1, device_attribute(cudaDevAttrMultiProcessorCount))));
@@ -167,9 +171,9 @@ cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream)
     if constexpr (std::is_same_v<T, float>) {
       return cudaErrorNotSupported;
     } else {
-      if (params.dim <= 64) return launch_attention<T, 64>(params, maps, queue, blocks, stream);
-      if (params.dim <= 128) return launch_attention<T, 128>(params, maps, queue, blocks, stream);
-      return launch_attention<T, 256>(params, maps, queue, blocks, stream);
+      return with_dim(params.dim, [&](auto dim) {
+        return launch_attention<T, decltype(dim)::value>(params, maps, queue, blocks, stream);
+      });
     }
   });
 }

@@ -49,7 +49,7 @@ struct KeyBlocks {
   int members;
   int filling;
   int front;  // masked blocks at the diagonal; then perhaps the one that holds `start`
-  int all;    // the whole list's blocks
+  int all;    // the whole list's blocks: found out of `members`, ptxas serialises products (C7511)
 
   __device__ KeyBlock<kBoxes> at(int i) const { return list ? listed(i) : run(i); }
 
