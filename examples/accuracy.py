@@ -2,11 +2,12 @@
 
     python examples/accuracy.py index --form beyond_window
     python examples/accuracy.py needles --form beyond_window --lengths 4096 8192 --device cuda
-    python examples/accuracy.py greedy --device cuda --top-p 1.0
+    python examples/accuracy.py greedy --device cuda --dtype bfloat16 --length 4096
     python examples/accuracy.py distil --length 2048 --window 256 --steps 150
 
-`index`, `needles` and `distil` write a report under --output and print it; `greedy` fails where the
-device continues a prompt differently than the CPU.
+`index` leaves its figures beside the index under --output; `needles`, `greedy` and `distil` write a
+report there, with hardware, versions and arguments. `greedy` fails where the device continues a
+prompt differently than the CPU.
 """
 
 from __future__ import annotations
@@ -21,18 +22,47 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 import rtpurbo
+from rtpurbo.environment import environment
 from rtpurbo.evaluate import evaluate
+from rtpurbo.files import write_json
 from rtpurbo.patching import state
 from rtpurbo.testbed import fetch_smollm2, load_smollm2_32k
 from rtpurbo.tiles import TILE_RANK
 
 ASSETS = Path(__file__).parent.parent / "assets" / "smollm2-135m-32k"
+INDEX: dict[str, Any] = {
+    "form": "beyond_window", "prefill": "dense", "index_bits": 16, "refine": False,
+    "train_length": 8192, "steps": 120, "updates": 4,
+}  # fmt: skip
+"""What `sparse_model` is asked for, unless arguments say otherwise."""
 
 
 def load(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any]:
     return load_smollm2_32k(ASSETS, fetch_smollm2(arguments.gguf), dtype)
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON, without folders."""
+    return {
+        k: v for k, v in vars(arguments).items() if isinstance(v, (bool, int, float, str, list))
+    }
+
+
+def save(arguments: argparse.Namespace, name: str, results: Any) -> None:
+    """Writes results under --output, with hardware and versions as the files of benchmarks have."""
+    where = environment()
+    hardware = {
+        "cpu": where["cpu"],
+        "capability": where["cpu_capability"],
+        "threads": where["threads"],
+        "gpus": where["gpus"],
+    }
+    versions = {"python": where["python"], **where["packages"]}
+    report = {"hardware": hardware, "versions": versions, "settings": asked(arguments)}
+    write_json(arguments.output / f"{name}.json", {**report, "results": results})
 
 
 def show(label: str, done: int, total: int) -> None:
@@ -93,6 +123,11 @@ def sparse_model(
     return model, tokenizer, metrics
 
 
+def kind_of(arguments: argparse.Namespace) -> str:
+    kind = f"{arguments.form}-{arguments.prefill}-{arguments.index_bits}"
+    return kind + "-refined" * arguments.refine
+
+
 def needles(arguments: argparse.Namespace) -> None:
     """NIAH and mk8, dense and sparse, at window length/8."""
     model, tokenizer, metrics = sparse_model(arguments)
@@ -101,35 +136,47 @@ def needles(arguments: argparse.Namespace) -> None:
         prompts=arguments.prompts, seeds=arguments.seeds, window_divisor=8, progress=show,
         modes=arguments.modes,
     )  # fmt: skip
-    report.settings["stage 1"] = metrics
-    kind = f"{arguments.form}-{arguments.prefill}-{arguments.index_bits}"
-    kind += "-refined" * arguments.refine
-    report.save(arguments.output / f"needles-{kind}.json")
+    report.settings.update({"stage 1": metrics, "arguments": asked(arguments)})
+    report.save(arguments.output / f"needles-{kind_of(arguments)}.json")
     print(report.to_markdown(), flush=True)
 
 
+def compared(mine: list[int], other: list[int], logits: Tensor, others: Tensor) -> dict[str, Any]:
+    """Where two texts part, by what margin of the first one's logits, and how far logits differ."""
+    parts = (i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b)
+    place = next(parts, None)
+    common = slice(None if place is None else place + 1)
+    difference = float((logits[common] - others[common]).abs().max())
+    found: dict[str, Any] = {"equal": place is None, "logit_difference": difference}
+    if place is not None:
+        margin = logits[place, mine[place]] - logits[place, other[place]]
+        found.update(parts_at=place, margin=float(margin))
+    return found
+
+
 def greedy(arguments: argparse.Namespace) -> None:
-    """Greedy text in float32 on the CPU and on the device, token for token."""
-    model, tokenizer, _ = sparse_model(arguments, torch.float32)
+    """Greedy text on the CPU and on the device, token for token."""
+    model, tokenizer, _ = sparse_model(arguments, getattr(torch, arguments.dtype))
     found, length = state(model), arguments.length
     found.config = replace(found.config, window=length // 8, top_p=arguments.top_p)
     prose = rtpurbo.data.prose()
     prompts = rtpurbo.data.excerpts(tokenizer, prose, length, arguments.prompts - 1)
-    asked = rtpurbo.data.needle_prompts(tokenizer, prose, length, needles=8)[0].tokens
-    texts = []
+    last = rtpurbo.data.needle_prompts(tokenizer, prose, length, needles=8)[0].tokens
+    texts, logits = [], []
     for device in ("cpu", arguments.device):
         model.to(device)
-        ids = [torch.as_tensor(prompt, device=device)[None] for prompt in (*prompts, asked)]
+        ids = [torch.as_tensor(prompt, device=device)[None] for prompt in (*prompts, last)]
         options = dict(max_new_tokens=arguments.tokens, do_sample=False, pad_token_id=0)
-        out = [
-            model.generate(x, attention_mask=torch.ones_like(x), **options)[0, x.shape[1] :]
-            for x in ids
-        ]
-        texts.append([text.tolist() for text in out])
+        options |= dict(output_logits=True, return_dict_in_generate=True)
+        out = [model.generate(x, attention_mask=torch.ones_like(x), **options) for x in ids]
+        texts.append([o.sequences[0, x.shape[1] :].tolist() for o, x in zip(out, ids, strict=True)])
+        logits.append([torch.cat(o.logits).float().cpu() for o in out])
         print(device, [tokenizer.decode(text)[:60] for text in texts[-1]], flush=True)
-    equal = sum(mine == theirs for mine, theirs in zip(*texts, strict=True))
-    print(f"equal: {equal} of {len(texts[0])} texts of {arguments.tokens} tokens")
-    if equal < len(texts[0]):
+    results = [compared(*pair) for pair in zip(*texts, *logits, strict=True)]
+    save(arguments, f"greedy-{kind_of(arguments)}-{arguments.dtype}-{length}", results)
+    equal = sum(result["equal"] for result in results)
+    print(f"equal: {equal} of {len(results)} texts of {arguments.tokens} tokens")
+    if equal < len(results):
         raise SystemExit(1)
 
 
@@ -165,14 +212,7 @@ def distil(arguments: argparse.Namespace) -> None:
         "nll above dense": gap["after"] / gap["before"] - 1,
     }
     print("change", change, result.metrics, flush=True)
-    content = {
-        "table": table,
-        "change": change,
-        "loss": result.metrics,
-        "settings": vars(arguments),
-    }
-    path = arguments.output / "distil.json"
-    path.write_text(json.dumps(content, indent=2, default=str))
+    save(arguments, "distil", {"table": table, "change": change, "loss": result.metrics})
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -189,17 +229,18 @@ def main() -> None:
     parsers = {}
     for name, run in (("index", sparse_model), ("needles", needles), ("greedy", greedy)):
         parsers[name] = first = commands.add_parser(name)
-        first.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
-        first.add_argument("--prefill", choices=["dense", "sparse"], default="dense")
-        first.add_argument("--index-bits", type=int, choices=[4, 8, 16], default=16)
+        first.set_defaults(run=run, **INDEX)
+        first.add_argument("--form", choices=["beyond_window", "full"])
+        first.add_argument("--prefill", choices=["dense", "sparse"])
+        first.add_argument("--index-bits", type=int, choices=[4, 8, 16])
         first.add_argument("--refine", action="store_true", help="score again in 16 bits")
-        first.add_argument("--train-length", type=int, default=8192)
-        first.add_argument("--steps", type=int, default=120)
-        first.add_argument("--updates", type=int, default=4)
-        first.set_defaults(run=run)
+        first.add_argument("--train-length", type=int)
+        first.add_argument("--steps", type=int)
+        first.add_argument("--updates", type=int)
     for name in ("needles", "greedy"):
         parsers[name].add_argument("--device", default="cpu")
     text = parsers["greedy"]
+    text.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     text.add_argument("--top-p", type=float, default=1.0)
     text.add_argument("--length", type=int, default=2048)
     text.add_argument("--prompts", type=int, default=4)

@@ -11,14 +11,13 @@ share of the causal blocks that a tile lists; `near` that of sinks and window, a
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from accuracy import parser_of, sparse_model
+from accuracy import INDEX, parser_of, save, sparse_model
 from torch import Tensor
 
 import rtpurbo
@@ -109,12 +108,12 @@ def calibrate(model: Any, tokenizer: Any, length: int) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
+    parser.set_defaults(**{**INDEX, "prefill": "sparse"})
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
-    parser.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
+    parser.add_argument("--form", choices=["beyond_window", "full"])
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.set_defaults(prefill="sparse", index_bits=16, train_length=8192, steps=120, updates=4)
     arguments: argparse.Namespace = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer, _ = sparse_model(arguments)
@@ -137,8 +136,7 @@ def main() -> None:
             report[f"{length} {kind}"] = row
             shown = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
             print(f"{length} {kind}: {shown}", flush=True)
-    path = arguments.output / f"tile-mass-{arguments.form}.json"
-    path.write_text(json.dumps(report, indent=1))
+    save(arguments, f"tile-mass-{arguments.form}" + "-calibrated" * arguments.calibrate, report)
 
 
 if __name__ == "__main__":

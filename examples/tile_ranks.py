@@ -20,7 +20,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from accuracy import parser_of, show, sparse_model
+from accuracy import INDEX, parser_of, show, sparse_model
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -268,11 +268,10 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     for name, run in (("tiles", tiles), ("needles", needles)):
         command = commands.add_parser(name)
+        command.set_defaults(run=run, **INDEX)
         command.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
-        command.add_argument("--form", choices=["beyond_window", "full"], default="beyond_window")
+        command.add_argument("--form", choices=["beyond_window", "full"])
         command.add_argument("--sequences", type=int, default=2)
-        command.set_defaults(run=run, prefill="dense", index_bits=16)
-        command.set_defaults(train_length=8192, steps=120, updates=4)
     command.add_argument("--ways", nargs="+", default=[*RANKS, "dense-prefill", "dense"])
     command.add_argument("--tasks", nargs="+", default=["niah", "mk8", "prefill_kl"])
     command.add_argument("--prompts", type=int, default=20)

@@ -12,7 +12,10 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from tests.front import saved
+from rtpurbo import EvalReport, HeadMap
+from rtpurbo.files import read_json
+from tests.front import DOCUMENTS, ROLES, network, saved
+from tests.tokenizers import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -80,3 +83,49 @@ def test_the_true_mass_of_lists_and_their_density(monkeypatch):
     config = SimpleNamespace(sinks=4, near_window=100)
     assert tile_mass.near_share(256, config) == pytest.approx((2 + 4) / 6)
     assert tile_mass.near_share(1024, config) == pytest.approx((2 + 4 + 6 * 5) / 72)
+
+
+def test_reports_of_accuracy_and_tile_mass(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    accuracy, tile_mass, tile_ranks = map(
+        importlib.import_module, ("accuracy", "tile_mass", "tile_ranks")
+    )
+    monkeypatch.setattr(accuracy, "load", lambda _, dtype: (network().to(dtype), byte_tokenizer()))
+    monkeypatch.setattr("rtpurbo.data.prose", lambda **_: DOCUMENTS)
+    HeadMap.from_roles(ROLES, kv_heads=2).save(tmp_path / "heads.json")
+
+    def run(module, options):
+        command = ["example", "--output", str(tmp_path), *options.split()]
+        monkeypatch.setattr(sys, "argv", command)
+        module.main()
+
+    run(accuracy, "index --train-length 1024 --steps 1")
+    (tmp_path / "index-beyond_window-1024.safetensors").rename(
+        tmp_path / "index-beyond_window-8192.safetensors"
+    )
+    run(accuracy, "needles --lengths 1024 --prompts 2 --tasks mk8 --index-bits 4")
+    report = EvalReport.load(tmp_path / "needles-beyond_window-dense-4.json")
+    assert report.row("mk8", 1024, "sparse").samples == 2
+    assert report.settings["arguments"]["device"] == "cpu"
+
+    run(accuracy, "greedy --dtype bfloat16 --length 1024 --prompts 2 --tokens 3")
+    run(tile_mass, "--lengths 512 --sequences 1 --calibrate")
+    run(tile_ranks, "tiles --lengths 2048 --sequences 1")
+    texts = read_json(tmp_path / "greedy-beyond_window-dense-16-bfloat16-1024.json")
+    assert [text["equal"] for text in texts["results"]] == [True, True]
+    assert texts["hardware"].keys() == {"cpu", "capability", "threads", "gpus"}
+    assert "torch" in texts["versions"]
+    mass = read_json(tmp_path / "tile-mass-beyond_window-calibrated.json")
+    assert mass["settings"]["prefill"] == "sparse"
+    assert mass["results"].keys() == {"512 retrieval", "512 prose"}
+
+
+def test_where_texts_part(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    accuracy = importlib.import_module("accuracy")
+    mine = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 2.5], [9.0, 0.0, 0.0]])
+    theirs = torch.tensor([[2.0, 1.0, 0.25], [0.0, 2.5, 3.0], [0.0, 0.0, 9.0]])
+    parted = accuracy.compared([0, 1, 0], [0, 2, 2], mine, theirs)
+    assert parted == {"equal": False, "logit_difference": 0.5, "parts_at": 1, "margin": 0.5}
+    same = accuracy.compared([0, 1], [0, 1], mine[:2], theirs[:2])
+    assert same == {"equal": True, "logit_difference": 0.5}
