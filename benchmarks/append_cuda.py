@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.decode_layer import DIM, HEADS, INDEX_DIM, KV_HEADS, RETRIEVAL, SINKS
+from benchmarks.decode_layer import INDEX_DIM, LAYER, SINKS
 from benchmarks.registry import Case, Wanted, benchmark
 from rtpurbo import ops
 
@@ -24,16 +24,16 @@ class Append:
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(shape, device=device, dtype=dtype)
 
-        self.full = list(range(KV_HEADS - 1))
-        owners = [head * KV_HEADS // HEADS for head in RETRIEVAL]
-        new = [draw(batch, KV_HEADS, rows, DIM) for _ in range(2)]
-        rings = [draw(batch, 1, RING, DIM) for _ in range(2)]
-        pages = [draw(batch, len(self.full), CAPACITY, DIM) for _ in range(2)]
+        dim, retrieval = LAYER.dim, len(LAYER.retrieval_heads)
+        self.full = list(range(LAYER.kv_heads - 1))
+        new = [draw(batch, LAYER.kv_heads, rows, dim) for _ in range(2)]
+        rings = [draw(batch, 1, RING, dim) for _ in range(2)]
+        pages = [draw(batch, len(self.full), CAPACITY, dim) for _ in range(2)]
         self.stores = (*new, *rings, *pages, self.full, POSITION, SINKS)
-        self.index_pages = draw(batch, len(RETRIEVAL), CAPACITY, INDEX_DIM, dtype=torch.float16)
-        pre = [draw(batch, heads, rows, DIM) for heads in (HEADS, KV_HEADS)]
-        weights = [draw(len(RETRIEVAL), INDEX_DIM, DIM, dtype=torch.float32) for _ in range(2)]
-        self.projected = (*pre, *weights, RETRIEVAL, owners)
+        self.index_pages = draw(batch, retrieval, CAPACITY, INDEX_DIM, dtype=torch.float16)
+        pre = [draw(batch, heads, rows, dim) for heads in (LAYER.heads, LAYER.kv_heads)]
+        weights = [draw(retrieval, INDEX_DIM, dim, dtype=torch.float32) for _ in range(2)]
+        self.projected = (*pre, *weights, LAYER.retrieval_heads, LAYER.owners)
 
     def together(self) -> Tensor:
         return ops.cache_append_projected(*self.stores, *self.projected, self.index_pages)

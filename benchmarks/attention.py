@@ -27,6 +27,11 @@ class Layer:
     def shape(self) -> str:
         return f"{self.heads}/{self.kv_heads}/{self.dim}"
 
+    @property
+    def owners(self) -> list[int]:
+        """The KV head of each retrieval head."""
+        return [head * self.kv_heads // self.heads for head in self.retrieval_heads]
+
     def qkv(
         self, rows: int, keys: int, dtype: torch.dtype, device: str = "cpu", batch: int = 1
     ) -> list[Tensor]:
@@ -38,6 +43,7 @@ class Layer:
 
 
 LAYERS = (Layer(32, 4, 128, (3, 9, 14, 20, 27)), Layer(9, 3, 64, (4,)))
+WIDE = Layer(16, 4, 256, (1, 6, 13))
 
 
 def masked_sdpa(layer: Layer, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor]) -> None:

@@ -1,23 +1,32 @@
 """One decoded token of a layer on the GPU: `sparse_decode` against dense SDPA, and its parts.
 
-Inputs rotate, so that from 8K keys on little of a window is still in the L2 cache; times are of
-graph replays.
+| parameter | without it | |
+|---|---|---|
+| heads | 5 of 32/4/128 retrieve | `all` of them do, or another layer's |
+| min_tokens | `selected` | what the rule takes a head to select |
+| window | 8192 | |
+| form | `beyond_window` | of the index: in `full` a model's `recent` keys are near |
+
+Inputs rotate, so that from 8K keys on (9/3/64: 32K) little of a window is still in the L2 cache;
+times are of graph replays.
 Kernels of other projects join in where they are installed (`benchmarks/peers`): one is dense; the
 others attend to the same tokens and choose none, which makes `attend` their like.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.decode_layer import HEADS, RETRIEVAL, SELECTED, SINKS, WINDOW, Step
+from benchmarks.attention import LAYERS, WIDE, Layer
+from benchmarks.decode_layer import LAYER, SELECTED, SINKS, WINDOW, Step, row_bytes
 from benchmarks.dense import BACKENDS, dense
 from benchmarks.peers.decode import decode_peers, dense_peers
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 
-PARTS = {
+PARTS: dict[str, Callable[[Step], object]] = {
     "step": Step.whole,
     "sparse_decode": Step.select_and_attend,
     "near_lse": Step.near_lse,
@@ -33,10 +42,10 @@ def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
         for name, b in BACKENDS.items()
     }
     runs.update(dense_peers(steps))
-    if steps[0].k.shape[2] <= WINDOW + SINKS:
+    if steps[0].k.shape[2] <= steps[0].near_window + SINKS:
         return {"step": runs}
     runs["fixed blocks of 16"] = in_turn([step.fixed_blocks for step in steps])
-    peers = decode_peers(steps, WINDOW, SINKS)
+    peers = decode_peers(steps, SINKS)
     return {
         "step": {**runs, **peers},
         "refined step": runs,
@@ -45,15 +54,20 @@ def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
     }
 
 
-EVERY_HEAD = list(range(HEADS))
-OPTIONS = ("shared", "selected", "min_tokens")
+SMALL = LAYERS[1]
+HEADS = {
+    "all": replace(LAYER, retrieval_heads=tuple(range(LAYER.heads))),
+    SMALL.shape: SMALL,
+    WIDE.shape: WIDE,
+}
+LENGTHS = [2**i * 1024 for i in range(2, 11)]
 DEFAULTS_SELECT = [(1, 71_680), (4, 26_624), (16, 15_360), (64, 12_544)]
 """Batch and keys, little more than from which on the rule selects with 64 `min_tokens`."""
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
-    *[dict(batch=1, keys=2**i * 1024) for i in range(2, 11)],
+    *[dict(batch=1, keys=keys) for keys in LENGTHS],
     *[dict(batch=1, keys=keys, bits=bits) for bits in (8, 4) for keys in (131_072, 1_048_576)],
-    *[dict(batch=batch, keys=2**i * 1024) for batch in (4, 16) for i in (2, 3, 5, 7, 9, 10)],
+    *[dict(batch=batch, keys=keys) for batch in (4, 16) for keys in LENGTHS],
     *[dict(batch=batch, keys=keys) for batch in (2, 8, 32) for keys in (1024, 8192, 32_768)],
     *[dict(batch=batch, keys=256) for batch in (4, 16, 64)],
     *[
@@ -62,6 +76,7 @@ SHAPES = [
         for selected in (512, 2048, 16_384)
     ],
     *[dict(batch=64, keys=keys) for keys in (1024, 8192, 32_768)],
+    *[dict(batch=batch, keys=131_072) for batch in (2, 8, 32, 64)],
     *[
         dict(batch=batch, keys=keys, selected=selected, min_tokens=64)
         for batch, keys in DEFAULTS_SELECT
@@ -72,7 +87,46 @@ SHAPES = [
         for keys in (131_072, 262_144, 524_288, 1_048_576)
         for index in (dict(shared=False), dict(shared=True), dict(bits=4))
     ],
+    *[
+        dict(batch=batch, keys=keys, heads=layer.shape, selected=1024, min_tokens=64)
+        for layer in (SMALL, WIDE)
+        for batch in (1, 4)
+        for keys in LENGTHS
+    ],
+    *[
+        dict(batch=1, keys=keys, **other)
+        for keys in (131_072, 1_048_576)
+        for other in (dict(form="full"), dict(window=1024))
+    ],
 ]
+
+
+def layer_of(shape: dict[str, Any]) -> Layer:
+    return HEADS[shape["heads"]] if "heads" in shape else LAYER
+
+
+def step_of(shape: dict[str, Any], device: str = "cuda") -> Step:
+    options = {name: value for name, value in shape.items() if name != "heads"}
+    return Step(layer=layer_of(shape), device=device, **options)
+
+
+def rounds_of(shape: dict[str, Any]) -> int:
+    layer = layer_of(shape)
+    size = shape["batch"] * shape["keys"] * layer.kv_heads * row_bytes(layer)
+    return 6 if size <= 1 << 30 else 3 if size <= 1 << 33 else 1
+
+
+def parts_of(shape: dict[str, Any]) -> dict[str, Callable[[Step], object]]:
+    keys, bits = shape["keys"], shape.get("bits", 16)
+    apart = keys in (131_072, 1_048_576) and shape["batch"] == 1 and "selected" not in shape
+    parts = {part: run for part, run in PARTS.items() if apart or part == "step"}
+    if "heads" in shape and keys > WINDOW + SINKS:  # what the rule spares, too
+        parts["sparse_decode"] = Step.select_and_attend
+    if bits < 16:
+        parts |= {"refine": Step.refine, "refined step": Step.refine_and_attend}
+    if shape.get("form") == "full":
+        del parts["near_lse"]
+    return parts
 
 
 def goals(parameters: dict[str, Any]) -> dict[str, float]:
@@ -83,7 +137,7 @@ def goals(parameters: dict[str, Any]) -> dict[str, float]:
     goal = 1.0
     if parameters.get("heads") == "all":
         goal = 4.5 if bits == 4 else 4.0 if parameters["shared"] else 1.95
-    elif parameters["selected"] == SELECTED:
+    elif parameters["selected"] == SELECTED and not {"form", "window"} & parameters.keys():
         at_1m = 14.0 if bits == 4 else 8.0
         named = {(1, 131_072): 3.4, (1, 1_048_576): at_1m, (16, 131_072): 5.0}
         goal = named.get((batch, keys), 1.0)
@@ -95,21 +149,12 @@ def decode_cuda(wanted: Wanted) -> Iterator[Case]:
     if not torch.cuda.is_available():
         return
     for shape in SHAPES:
-        batch, keys, bits = shape["batch"], shape["keys"], shape.get("bits", 16)
-        heads = EVERY_HEAD if shape.get("heads") == "all" else RETRIEVAL
-        rounds = 6 if batch * keys <= 524_288 else 3 if batch * keys <= 4_194_304 else 1
-        apart = keys in (131_072, 1_048_576) and batch == 1 and "selected" not in shape
-        parts = PARTS if apart else {"step": Step.whole}
-        if heads is EVERY_HEAD:  # what the rule spares, too
-            parts = {**parts, "sparse_decode": Step.select_and_attend}
-        if bits < 16:
-            parts = {**parts, "refine": Step.refine, "refined step": Step.refine_and_attend}
+        parts = parts_of(shape)
         parameters = {part: {"part": part, "selected": SELECTED, **shape} for part in parts}
         chosen = [part for part in parts if wanted(parameters[part])]
         if not chosen:
             continue
-        options = {name: shape[name] for name in OPTIONS if name in shape}
-        steps = [Step(batch, keys, heads, bits, **options) for _ in range(rounds)]
+        steps = [step_of(shape) for _ in range(rounds_of(shape))]
         against = baselines(steps)
         for part in chosen:
             yield Case(

@@ -8,61 +8,75 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rtpurbo import ops
+from benchmarks.attention import Layer
+from rtpurbo import RTPurboConfig, ops
 from rtpurbo.ops.quantize_index import INDEX_BLOCK
 from rtpurbo.short_inputs.decode import fewest_to_select_from
 
-HEADS, KV_HEADS, DIM, INDEX_DIM = 32, 4, 128, 16
-ROW = 2 * DIM * 2  # bytes of a key and its value
-RETRIEVAL = [1, 9, 10, 17, 30]
-WINDOW, SINKS, SELECTED, TINY_P = 8192, 4, 8192, 1e-9
-SCALE = DIM**-0.5
+LAYER = Layer(32, 4, 128, (1, 9, 10, 17, 30))
+INDEX_DIM, WINDOW, SINKS, SELECTED, TINY_P = 16, 8192, 4, 8192, 1e-9
+
+
+def row_bytes(layer: Layer) -> int:
+    """Of a key and its value."""
+    return 2 * layer.dim * 2
 
 
 class Step:
     """The tensors of one decode step and its parts.
 
     `shared`: an index key for each KV head; `min_tokens`: the model's, as far as its rule asks,
-    where top-p is to take more.
+    where top-p is to take more; `form`: the index's.
     """
 
     def __init__(
         self,
         batch: int,
         keys: int,
-        retrieval: list[int],
+        layer: Layer = LAYER,
+        *,
         bits: int = 16,
         shared: bool = False,
         selected: int = SELECTED,
         min_tokens: int | None = None,
+        window: int = WINDOW,
+        form: str = "beyond_window",
         device: str = "cuda",
     ) -> None:
         def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.randn(shape, device=device, dtype=dtype)
 
-        group = HEADS // KV_HEADS
-        owners = [head // group for head in retrieval]
-        self.retrieval, self.owners, self.bits = retrieval, owners, bits
-        self.index_map = owners if shared else list(range(len(retrieval)))
-        self.q = draw(batch, HEADS, 1, DIM)
-        self.k, self.v = draw(batch, KV_HEADS, keys, DIM), draw(batch, KV_HEADS, keys, DIM)
-        self.q_index = draw(batch, len(retrieval), 1, INDEX_DIM, dtype=torch.float16)
-        index_heads = KV_HEADS if shared else len(retrieval)
+        self.layer, self.bits, self.window = layer, bits, window
+        self.beyond_window = form == "beyond_window"
+        self.near_window = window if self.beyond_window else RTPurboConfig.recent
+        self.retrieval, self.scale = list(layer.retrieval_heads), layer.dim**-0.5
+        heads = len(self.retrieval)
+        self.index_map = layer.owners if shared else list(range(heads))
+        self.q = draw(batch, layer.heads, 1, layer.dim)
+        self.k, self.v = (draw(batch, layer.kv_heads, keys, layer.dim) for _ in range(2))
+        self.q_index = draw(batch, heads, 1, INDEX_DIM, dtype=torch.float16)
+        index_heads = layer.kv_heads if shared else heads
         self.k_index = draw(batch, index_heads, keys, INDEX_DIM, dtype=torch.float16)
         self.every_index = self.k_index
         self.coded: dict[str, Tensor] = {}
         if bits < 16:
-            far = max(0, keys - WINDOW) // INDEX_BLOCK * INDEX_BLOCK
+            far = max(0, keys - self.near_window) // INDEX_BLOCK * INDEX_BLOCK
             codes, ranges = ops.quantize_index(self.k_index[:, :, :far], bits)
             self.coded = dict(codes=codes, ranges=ranges)
             self.k_index = self.k_index[:, :, far:].contiguous()
-        self.floor = min(selected, max(1, keys - WINDOW - SINKS))
+        self.floor = min(selected, max(1, keys - self.near_window - SINKS))
         self.min_tokens = self.floor if min_tokens is None else min_tokens
         self.near = self.near_lse()
         self.lists = self.select()
 
     def near_lse(self) -> Tensor:
-        return ops.near_lse(self.q, self.k, self.retrieval, self.owners, WINDOW, SINKS, SCALE)
+        heads = self.retrieval, self.layer.owners
+        return ops.near_lse(self.q, self.k, *heads, self.near_window, SINKS, self.scale)
+
+    @property
+    def near_mass(self) -> Tensor | None:
+        """Of the true logits; in form `full` that of the index counts."""
+        return self.near if self.beyond_window else None
 
     def select(self) -> tuple[Tensor, Tensor]:
         return self.lists_by(self.k_index)
@@ -73,8 +87,8 @@ class Step:
 
     def lists_by(self, k_index: Tensor, refine: bool = False) -> tuple[Tensor, Tensor]:
         indices, counts, _ = ops.select(
-            self.q_index, k_index, self.index_map, TINY_P, WINDOW, SINKS, self.floor,
-            near_lse=self.near, capacity=2 * self.floor, **self.coded, refine=refine,
+            self.q_index, k_index, self.index_map, TINY_P, self.near_window, SINKS, self.floor,
+            near_lse=self.near_mass, capacity=2 * self.floor, **self.coded, refine=refine,
         )  # fmt: skip
         return indices, counts
 
@@ -86,16 +100,16 @@ class Step:
     def scan(self) -> Tensor:
         """The scores of `select` without a choice: p = 1 takes every key, and one has room."""
         _, counts, _ = ops.select(
-            self.q_index, self.k_index, self.index_map, 1.0, WINDOW, SINKS, 0,
-            near_lse=self.near, capacity=1, **self.coded,
+            self.q_index, self.k_index, self.index_map, 1.0, self.near_window, SINKS, 0,
+            near_lse=self.near_mass, capacity=1, **self.coded,
         )  # fmt: skip
         return counts
 
     @cached_property
     def scores(self) -> Tensor:
         """Of far keys, by index keys in 16 bits: float32 [batch * retrieval heads, far keys]."""
-        far = self.every_index[:, self.index_map, SINKS : self.k.shape[2] - WINDOW].float()
-        return (self.q_index.float() @ far.mT)[:, :, 0].flatten(0, 1) * INDEX_DIM**-0.5
+        far = self.every_index[:, self.index_map, SINKS : self.k.shape[2] - self.near_window]
+        return (self.q_index.float() @ far.float().mT)[:, :, 0].flatten(0, 1) * INDEX_DIM**-0.5
 
     def top_p(self) -> Tensor:
         exact = not self.scores.is_cuda  # there it takes a sort
@@ -103,47 +117,54 @@ class Step:
 
     def attend_near(self) -> Tensor:
         """All heads."""
-        return ops.decode(self.q, self.k, self.v, [], WINDOW, WINDOW, SINKS, SCALE)[0]
+        return self.decoded([])
 
     def gather(self) -> Tensor:
         """`attend` with one near key a head, the fewest there can be."""
         layer = self.q, self.k, self.v, self.retrieval
-        return ops.decode(*layer, 1, 1, 0, SCALE, *self.lists)[0]
+        return ops.decode(*layer, 1, 1, 0, self.scale, *self.lists)[0]
 
     def attend(self) -> Tensor:
         return self.attend_to(self.lists)
 
     def attend_to(self, lists: tuple[Tensor, Tensor]) -> Tensor:
-        layer = self.q, self.k, self.v, self.retrieval
-        return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE, *lists)[0]
+        return self.decoded(self.retrieval, *lists)
+
+    def decoded(self, retrieval: list[int], *lists: Tensor) -> Tensor:
+        layer = self.q, self.k, self.v, retrieval
+        return ops.decode(*layer, self.window, self.near_window, SINKS, self.scale, *lists)[0]
 
     @property
     def selects(self) -> bool:
         """Whether a model would select, rather than read all far keys."""
-        batch, _, keys, _ = self.k.shape
-        read = len(set(self.owners)) * ROW
+        (batch, _, keys, dim), row = self.k.shape, row_bytes(self.layer)
+        read = len(set(self.layer.owners)) * row
         index = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
+        sifts = self.beyond_window and dim <= 128
         heads, tokens = len(self.retrieval), self.min_tokens
-        fewest = fewest_to_select_from(batch, heads, read, index, ROW, tokens, sifts=True)
-        return keys - WINDOW - SINKS >= fewest
+        fewest = fewest_to_select_from(batch, heads, read, index, row, tokens, sifts=sifts)
+        return keys - self.near_window - SINKS >= fewest
 
     def whole(self) -> Tensor:
         """As a model does it."""
         if self.selects:
             return self.select_and_attend()
-        layer = self.q, self.k, self.v, self.retrieval
-        return ops.decode(*layer, WINDOW, WINDOW, SINKS, SCALE)[0]
+        return self.decoded(self.retrieval)
 
     def bytes(self, part: str) -> int:
         """Keys, values, index keys or scores that a part must read; each list counts for itself."""
-        batch, _, keys, _ = self.k.shape
-        near, owners = min(keys, WINDOW + SINKS), len(set(self.owners))
-        index = self.coded.values() or [self.k_index[:, :, near:]]
+        (batch, kv_heads, keys, _), row = self.k.shape, row_bytes(self.layer)
+        near, local = (min(keys, window + SINKS) for window in (self.near_window, self.window))
+        owners = len(set(self.layer.owners))
+        if self.beyond_window:
+            index = [*self.coded.values()] or [self.k_index[:, :, near:]]
+        else:
+            index = [*self.coded.values(), self.k_index]
         scan = sum(tensor.numel() * tensor.element_size() for tensor in index)
-        every_near = batch * KV_HEADS * near * ROW
-        listed = batch * len(self.retrieval) * self.floor * ROW
+        every_near = batch * kv_heads * local * row
+        listed = batch * len(self.retrieval) * self.floor * row
         every = {
-            "near_lse": batch * owners * near * ROW // 2,
+            "near_lse": batch * owners * near * row // 2,
             "scan": scan,
             "top_p": batch * len(self.retrieval) * (keys - near) * 4,
             "select": scan,
@@ -151,7 +172,7 @@ class Step:
             "near": every_near,
             "gather": listed,
             "attend": every_near + listed,
-            "dense": batch * (owners * keys + (KV_HEADS - owners) * near) * ROW,
+            "dense": batch * (owners * keys + (kv_heads - owners) * local) * row,
         }
         every["sparse_decode"] = every["attend"] + scan
         every["refined step"] = every["near_lse"] + every["refine"] + every["attend"]
@@ -161,7 +182,8 @@ class Step:
     def select_and_attend(self, block_size: int = 1) -> Tensor:
         return ops.sparse_decode(
             self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
-            TINY_P, WINDOW, WINDOW, SINKS, self.floor, SCALE, block_size=block_size, **self.coded,
+            TINY_P, self.window, self.near_window, SINKS, self.floor, self.scale,
+            block_size=block_size, beyond_window=self.beyond_window, **self.coded,
         )[0]  # fmt: skip
 
     def fixed_blocks(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import rtpurbo
 from benchmarks import real_lists
-from benchmarks.decode_layer import DIM, HEADS, KV_HEADS, RETRIEVAL
+from benchmarks.decode_layer import LAYER
 from benchmarks.dense import BACKENDS, dense
 from benchmarks.recorded import Call, recorded, selection_facts, texts
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
@@ -48,7 +48,7 @@ def parameters_at(heads: HeadMap, text: str, keys: int) -> Iterator[dict[str, An
             yield dict(part="step", text=text, bits=bits, layer=layer, retrieval=count, keys=keys)
     if keys == LENGTHS[-1]:
         for part in real_lists.PARTS:
-            for group in [*range(-(-total // len(RETRIEVAL))), "all"]:
+            for group in [*range(-(-total // len(LAYER.retrieval_heads))), "all"]:
                 yield dict(part=part, text=text, group=group, keys=keys)
 
 
@@ -128,10 +128,8 @@ def cases_at(model: Loaded, text: str, chosen: list[dict[str, Any]]) -> Iterator
         yield step_cases(of_steps, steps, model.layers, model.dense_inputs(keys))
     of_lists = [parameters for parameters in chosen if parameters["part"] != "step"]
     if of_lists:
-        lists = [
-            real_lists.TextLists.of(draw(HEADS, KV_HEADS, DIM, keys, model.device), calls)
-            for calls in steps[16]
-        ]
+        sizes = LAYER.heads, LAYER.kv_heads, LAYER.dim, keys
+        lists = [real_lists.TextLists.of(draw(*sizes, model.device), calls) for calls in steps[16]]
         yield [real_lists.case_of(parameters, lists) for parameters in of_lists]
 
 

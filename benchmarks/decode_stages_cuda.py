@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode_layer import RETRIEVAL, SELECTED, Step
+from benchmarks.decode_layer import SELECTED, Step
 from benchmarks.registry import Case, Run, Wanted, benchmark, in_turn
 
 LENGTHS = (131_072, 1_048_576)
@@ -54,9 +54,9 @@ def bytes_of(step: Step, stage: str) -> int:
 
 def rotating_steps(keys: int, bits: int, stages: list[str], device: str) -> list[Step]:
     """As many as the stage that reads least needs."""
-    first = Step(1, keys, RETRIEVAL, bits, device=device)
+    first = Step(1, keys, bits=bits, device=device)
     rounds = -(-ROTATED // min(bytes_of(first, stage) for stage in stages))
-    others = [Step(1, keys, RETRIEVAL, bits, device=device) for _ in range(rounds - 1)]
+    others = [Step(1, keys, bits=bits, device=device) for _ in range(rounds - 1)]
     return [first, *others]
 
 

@@ -4,7 +4,7 @@
 |---|---|
 | near, dense | `attention` with all heads local, with all heads dense |
 | layer | `attention` with retrieval heads dense and the others local |
-| lists | `attention` of random block lists of one density for every head |
+| lists | `attention` of every head by random block lists of one density, a window's included |
 | sparse | a layer of `prefill="sparse"`, form `beyond_window`: the next three after each other |
 | near_lse, select_tiles | of the retrieval heads |
 | attention | retrieval heads by block lists, the others local |
@@ -39,6 +39,8 @@ GRID, GRID_LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5), (32768, 131_072, 524_288, 1 << 
 SMALL_DENSITY = 0.19  # what that model needs at 32K
 PARTS_AT = (131_072, 1 << 20)
 LISTS, LISTS_UP_TO = (0.05, 0.12, 0.3), 131_072
+LONGEST_LISTS = (0.05, 0.12)
+"""Of 1M keys."""
 FLEX_UP_TO = 131_072
 
 LAYER_GOALS = {
@@ -74,8 +76,13 @@ def parameters_at(layer: Layer, keys: int) -> Iterator[dict[str, Any]]:
             yield named("select_tiles", window=window)
             for density in named_densities:
                 yield named("attention", window=window, density=str(density))
-    if layer is LARGE and keys <= LISTS_UP_TO:
-        for density in LISTS:
+        if layer is SMALL:
+            for density in sorted({*named_densities, *LISTS}):
+                if density >= lowest_density(keys, window):
+                    yield named("lists", window=window, density=str(density))
+    if layer is LARGE:
+        of_length = LISTS if keys <= LISTS_UP_TO else LONGEST_LISTS if keys == 1 << 20 else ()
+        for density in of_length:
             if density >= lowest_density(keys, window=1):
                 yield named("lists", density=str(density))
 

@@ -116,11 +116,8 @@ class Prefill:
         )[0]  # fmt: skip
 
     def near_lse(self, window: int) -> Tensor:
-        group = self.layer.heads // self.layer.kv_heads
-        owners = [head // group for head in self.retrieval]
-        return ops.near_lse(
-            self.q, self.k, self.retrieval, owners, window, SINKS, self.scale, self.start
-        )
+        heads = self.retrieval, self.layer.owners
+        return ops.near_lse(self.q, self.k, *heads, window, SINKS, self.scale, self.start)
 
     def select_tiles(self, window: int, near_lse: Tensor | None) -> Lists:
         q_index, k_index = self.index

@@ -10,8 +10,6 @@ from benchmarks.attention import LAYERS, Layer
 from benchmarks.prefill_layer import Prefill
 from benchmarks.registry import Case, Wanted
 
-WIDE = Layer(16, 4, 256, (1, 6, 13))
-
 
 @dataclass(frozen=True)
 class Shape:

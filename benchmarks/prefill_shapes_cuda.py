@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import Layer
+from benchmarks.attention import WIDE, Layer
 from benchmarks.dense_prefill import cudnn, flash
 from benchmarks.prefill_layer import Prefill
-from benchmarks.prefill_shape import WIDE, Shape, by_shape
+from benchmarks.prefill_shape import Shape, by_shape
 from benchmarks.random_lists import draw_batch
 from benchmarks.registry import Case, Run, Wanted, benchmark
 

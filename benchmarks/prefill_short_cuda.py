@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.attention import LAYERS
+from benchmarks.attention import LAYERS, WIDE
 from benchmarks.dense_prefill import cudnn, flash
 from benchmarks.prefill_layer import SINKS, Prefill
-from benchmarks.prefill_shape import WIDE, Shape, by_shape
+from benchmarks.prefill_shape import Shape, by_shape
 from benchmarks.random_lists import draw_batch
 from benchmarks.registry import Case, Run, Wanted, benchmark
 from rtpurbo.short_inputs.prefill import LISTED_SHARE, PrefillPass, seconds_spared

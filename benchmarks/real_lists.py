@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.decode_layer import RETRIEVAL, SCALE
+from benchmarks.decode_layer import LAYER
 from benchmarks.gathers import as_members, groups, mean_run, random_like
 from benchmarks.recorded import Call
 from benchmarks.registry import Case, Run, in_turn
@@ -40,13 +40,14 @@ class TextLists:
         arguments = calls[0].arguments
         window, sinks = arguments["near_window"], arguments["sinks"]
         far_end = arguments["k"].shape[2] - window
-        real = groups([p for call in calls for p in call.far_positions()], len(RETRIEVAL))
+        lists = [positions for call in calls for positions in call.far_positions()]
+        real = groups(lists, len(LAYER.retrieval_heads))
         drawn = [random_like(group, sinks, far_end) for group in real]
         return cls(qkv, real, drawn, window, sinks)
 
     def attend(self, group: Group, part: str) -> Run:
         window = self.window if part == "pattern" else 1
-        layer = *self.qkv, RETRIEVAL, window, window, self.sinks, SCALE
+        layer = *self.qkv, LAYER.retrieval_heads, window, window, self.sinks, LAYER.dim**-0.5
         return partial(ops.decode, *layer, *as_members(group))
 
 

@@ -1,17 +1,21 @@
 """The stages of a decode step in the benchmarks, on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from benchmarks import append_cuda, decode_cuda
 from benchmarks import decode_stages_cuda as bench
-from benchmarks.decode_layer import INDEX_DIM, RETRIEVAL, ROW, SCALE, SINKS, WINDOW, Step
+from benchmarks.decode_layer import INDEX_DIM, LAYER, SINKS, WINDOW, Step, row_bytes
 from benchmarks.decode_layer import SELECTED as SELECTED_TOKENS
+from benchmarks.recorded import Recorder
 from rtpurbo import ops
-from rtpurbo.short_inputs.decode import fewest_to_select_from
+from rtpurbo.short_inputs.decode import decode_selects, fewest_to_select_from
 
 KEYS, SELECTED = WINDOW + 1024, 200
 FAR = slice(SINKS, KEYS - WINDOW)
+RETRIEVAL, ROW = list(LAYER.retrieval_heads), row_bytes(LAYER)
 
 
 def test_steps_have_goals():
@@ -31,6 +35,76 @@ def test_steps_have_goals():
     assert decode_cuda.goals({"part": "select"}) == {}
 
 
+@pytest.mark.parametrize("other", [dict(form="full"), dict(window=1024)])
+def test_named_goals_are_those_of_the_default_window_and_form(other):
+    parameters = {"part": "step", "selected": SELECTED_TOKENS, "batch": 1, "keys": 131_072}
+    assert decode_cuda.goals(parameters)["cudnn"] == 3.4
+    assert decode_cuda.goals(parameters | other)["cudnn"] == 1.0
+
+
+def test_steps_differ_and_fit_a_card():
+    seen = []
+    for shape in decode_cuda.SHAPES:
+        parts = decode_cuda.parts_of(shape)
+        seen += [tuple(sorted({"part": part, **shape}.items())) for part in parts]
+        step = decode_cuda.step_of(shape, "meta")
+        tensors = step.k, step.v, step.every_index
+        assert decode_cuda.rounds_of(shape) * sum(x.nbytes for x in tensors) < 40e9
+    assert len(seen) == len(set(seen))
+
+
+OTHERS = [
+    dict(heads="9/3/64", selected=200, min_tokens=64),
+    dict(heads="16/4/256", selected=200, min_tokens=64),
+    dict(form="full", selected=200),
+    dict(window=1024, selected=200),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_a_step_selects_as_its_parts_do(other):
+    torch.manual_seed(0)
+    step = decode_cuda.step_of(dict(batch=2, keys=KEYS, **other), "cpu")
+    with Recorder() as recorder:
+        out = step.select_and_attend()
+    (call,) = recorder.calls
+    assert torch.equal(out, step.attend())
+    assert {len(positions) for positions in call.far_positions()} == {200}
+    near = 64 if "form" in other else other.get("window", WINDOW)
+    given = call.arguments
+    assert (given["window"], given["near_window"]) == (other.get("window", WINDOW), near)
+    assert given.get("beyond_window", True) == ("form" not in other)
+
+
+def test_what_is_selected_in_form_full_goes_by_the_index_alone():
+    torch.manual_seed(0)
+    step = Step(1, KEYS, form="full", selected=200, device="cpu")
+    lists, scanned = step.lists, step.bytes("scan")
+    step.near = step.near + 100
+    assert all(map(torch.equal, step.select(), lists))
+    assert scanned == step.k_index.nbytes
+    assert "near_lse" not in decode_cuda.parts_of(dict(batch=1, keys=131_072, form="full"))
+
+
+def test_a_step_asks_the_rule_as_a_model_does():
+    for shape in decode_cuda.SHAPES:
+        step = decode_cuda.step_of(shape, "meta")
+        layer, keys = step.layer, shape["keys"]
+        config = SimpleNamespace(
+            select_from=None, window=step.window, near_window=step.near_window, sinks=SINKS,
+            index=shape.get("form", "beyond_window"), index_dim=INDEX_DIM, index_bits=step.bits,
+            min_tokens=step.min_tokens, block_size=1, refine=False,
+        )  # fmt: skip
+        context = SimpleNamespace(
+            heads=layer.retrieval_heads, full_kv_heads=set(layer.owners),
+            index=SimpleNamespace(index_map=step.index_map), state=SimpleNamespace(config=config),
+        )  # fmt: skip
+        on_cuda = SimpleNamespace(
+            shape=step.q.shape, device=torch.device("cuda"), element_size=step.q.element_size
+        )
+        assert decode_selects(context, on_cuda, keys) == step.selects
+
+
 def test_steps_of_default_models_begin_where_the_rule_does():
     for batch, keys in decode_cuda.DEFAULTS_SELECT:
         shape = batch, len(RETRIEVAL), 4 * ROW, len(RETRIEVAL) * INDEX_DIM * 2, ROW, 64
@@ -41,7 +115,7 @@ def test_steps_of_default_models_begin_where_the_rule_does():
 @pytest.fixture(params=[16, 4])
 def step(request):
     torch.manual_seed(0)
-    return Step(1, KEYS, RETRIEVAL, request.param, selected=SELECTED, device="cpu")
+    return Step(1, KEYS, bits=request.param, selected=SELECTED, device="cpu")
 
 
 def listed(step):
@@ -66,8 +140,8 @@ def test_stages_read_what_is_counted(step):
 
 def test_a_refined_step_attends_to_what_it_refines():
     torch.manual_seed(0)
-    step = Step(1, KEYS, RETRIEVAL, 4, selected=SELECTED, device="cpu")
-    layer = step.q, step.k, step.v, step.retrieval, WINDOW, WINDOW, SINKS, SCALE
+    step = Step(1, KEYS, bits=4, selected=SELECTED, device="cpu")
+    layer = step.q, step.k, step.v, step.retrieval, WINDOW, WINDOW, SINKS, step.scale
     expected = ops.decode(*layer, *step.refine())[0]
     assert torch.equal(step.refine_and_attend(), expected)
     assert not torch.equal(step.attend(), expected)  # 16 bits choose others than 4 do
@@ -81,7 +155,7 @@ def test_a_scan_chooses_nothing(step):
 
 def test_top_p_chooses_what_select_does():
     torch.manual_seed(0)
-    step = Step(1, KEYS, RETRIEVAL, selected=SELECTED, device="cpu")
+    step = Step(1, KEYS, selected=SELECTED, device="cpu")
     indices = step.top_p()
     assert torch.equal(indices[:, :SELECTED] + SINKS, step.lists[0][0, :, 0, :SELECTED])
     assert (indices[:, SELECTED:] == -1).all()
@@ -89,7 +163,7 @@ def test_top_p_chooses_what_select_does():
 
 def test_near_keys_and_lists_are_read_apart(step):
     near, gathered, chosen = step.attend_near(), step.gather(), listed(step)
-    owners = torch.tensor(step.owners)
+    owners = torch.tensor(LAYER.owners)
     read = torch.zeros(step.k.shape[1], KEYS, dtype=torch.bool)
     read.index_put_((owners,), chosen, accumulate=True)
     read[:, -1] = True

@@ -222,28 +222,39 @@ def test_lists_of_a_prefill_are_given_to_flashinfer(prefill, pages):
     assert out.shape == prefill.q.shape
 
 
-def token_step(heads, keys):
+def token_step(heads, keys, window=30, near_window=30):
     q, (k, v) = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 2, keys, 16)
     counts = torch.randint(1, 50, (2, len(heads), 1), dtype=torch.int32)
     indices = torch.rand(2, len(heads), 1, 200).argsort(-1).to(torch.int32)
-    return SimpleNamespace(q=q, k=k, v=v, retrieval=heads, lists=(indices, counts))
+    lists = indices, counts
+    near = dict(window=window, near_window=near_window)
+    return SimpleNamespace(q=q, k=k, v=v, retrieval=heads, lists=lists, **near)
 
 
 @pytest.mark.parametrize("heads", [[], [1], [3, 0], [0, 1, 2, 3]])
 def test_tokens_as_flashinfer_takes_them(pages, heads):
     torch.manual_seed(0)
-    problem = decode.token(token_step(heads, 300), 30, SINKS)
+    problem = decode.token(token_step(heads, 300), SINKS)
     check(flashinfer.decode(problem)(), problem)
 
 
 def test_decode_steps_are_given_to_flashinfer(pages):
     torch.manual_seed(0)
-    steps = [token_step([0, 3], 320) for _ in range(2)]
+    steps = [token_step([0, 3], 320, near_window=320) for _ in range(2)]
     for step, out in zip(steps, baselines(steps)["step"]["flashinfer"](), strict=True):
         torch.testing.assert_close(out, sdpa(step.q, step.k, step.v, enable_gqa=True))
-    by_tokens = decode.decode_peers(steps, 30, SINKS)["flashinfer by tokens"]
+    by_tokens = decode.decode_peers(steps, SINKS)["flashinfer by tokens"]
     assert [out.shape for out in by_tokens()] == [step.q.shape for step in steps]
-    assert "flashinfer" not in baselines([token_step([0, 3], 300)])["step"]
+    assert "flashinfer" not in baselines([token_step([0, 3], 300, near_window=300)])["step"]
+
+
+def test_only_retrieval_heads_have_the_near_window():
+    step = token_step([1], 300, near_window=5)
+    step.lists[1].zero_()
+    problem = decode.token(step, SINKS)
+    sees = [problem.visible(0, head, torch.tensor([299]))[0].tolist() for head in (0, 1)]
+    for seen, near in zip(sees, (30, 5), strict=True):
+        assert seen == [True] * SINKS + [False] * (300 - SINKS - near) + [True] * near
 
 
 @pytest.mark.parametrize("heads", [[1], [0, 3], [0, 1, 2, 3]])
@@ -251,7 +262,7 @@ def test_tokens_as_flash_sparse_attention_takes_them(package, heads):
     torch.manual_seed(0)
     step = token_step(heads, 300)
     indices, counts = step.lists
-    problem = decode.token(step, 30, SINKS)
+    problem = decode.token(step, SINKS)
     chosen = torch.zeros(300, dtype=torch.bool)
     chosen[indices[1, 0, 0, : counts[1, 0, 0]].long()] = True
     chosen[270:] = chosen[:SINKS] = True
@@ -259,7 +270,7 @@ def test_tokens_as_flash_sparse_attention_takes_them(package, heads):
     check(flash_sparse.decode(problem)(), problem)
     counts[1] = -1
     with pytest.raises(RuntimeError, match="no list says"):
-        decode.token(step, 30, SINKS)
+        decode.token(step, SINKS)
 
 
 @pytest.mark.parametrize("module, name", [("cudnn", "cudnn-bsa"), ("flashinfer", "flashinfer")])

@@ -109,6 +109,18 @@ def test_every_goal_has_its_case():
     assert len(goals) == len(expected)
 
 
+def test_lists_that_peers_can_take():
+    cases = [
+        p for layer, keys in prefill_cuda.LENGTHS for p in prefill_cuda.parameters_at(layer, keys)
+    ]
+    assert len({tuple(p.items()) for p in cases}) == len(cases)
+    lists = [p for p in cases if p["mode"] == "lists"]
+    longest = [p["density"] for p in lists if p["keys"] == 1 << 20]
+    assert longest == ["0.05", "0.12"]
+    small = [(p["window"], p["density"]) for p in lists if p["heads"] == "9/3/64"]
+    assert small == [(1024, "0.12"), (1024, "0.19"), (1024, "0.3")]
+
+
 def test_rates_and_selections_have_goals():
     goals = {
         (p["mode"], p["keys"]): goal

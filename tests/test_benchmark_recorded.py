@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import decode_model_cuda as bench
-from benchmarks.decode_layer import RETRIEVAL, WINDOW, Step
+from benchmarks.decode_layer import WINDOW, Step
 from benchmarks.gathers import as_members, groups, mean_run, random_like
 from benchmarks.recorded import SPARSE_DECODE, Recorder, recorded, selection_facts, texts
 from rtpurbo import ops
@@ -81,7 +81,7 @@ def test_recorded_calls_are_the_models(bits, form):
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_call_must_read_what_a_step_does(bits):
     torch.manual_seed(0)
-    step = Step(1, WINDOW + 1024, RETRIEVAL, bits, selected=200, device="cpu")
+    step = Step(1, WINDOW + 1024, bits=bits, selected=200, device="cpu")
     with Recorder() as recorder:
         step.select_and_attend()
     (call,) = recorder.calls

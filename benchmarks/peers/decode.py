@@ -14,16 +14,21 @@ SMALL, SMALL_WINDOW, SMALL_SHARE = 1024, 200, 0.3
 
 
 class Step(Protocol):
-    """`lists`: far tokens of the retrieval heads, indices [B, R, 1, C] and counts [B, R, 1]."""
+    """`lists`: far tokens of the retrieval heads, indices [B, R, 1, C] and counts [B, R, 1].
+
+    Outside of them retrieval heads see the latest `near_window` keys, others the latest `window`.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     retrieval: list[int]
     lists: tuple[Tensor, Tensor]
+    window: int
+    near_window: int
 
 
-def token(step: Step, window: int, sinks: int) -> Token:
+def token(step: Step, sinks: int) -> Token:
     indices, counts = (x[:, :, 0] for x in step.lists)
     if bool((counts < 0).any()):
         raise RuntimeError("benchmarks: a head attends to all keys, which no list says")
@@ -31,8 +36,8 @@ def token(step: Step, window: int, sinks: int) -> Token:
     used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     chosen = indices.new_zeros((*counts.shape, keys + 1), dtype=torch.bool)
     chosen.scatter_(-1, torch.where(used, indices, keys).long(), True)
-    near = near_tokens(keys, window, sinks, indices.device)
-    return Token(step.q, step.k, step.v, step.retrieval, chosen[..., :-1] | near, window, sinks)
+    chosen = chosen[..., :-1] | near_tokens(keys, step.near_window, sinks, indices.device)
+    return Token(step.q, step.k, step.v, step.retrieval, chosen, step.window, sinks)
 
 
 def small_kv(step: Step) -> Tensor:
@@ -40,7 +45,7 @@ def small_kv(step: Step) -> Tensor:
     return torch.randn(2, batch, heads, SMALL, dim, dtype=step.k.dtype, device=step.k.device)
 
 
-def decode_peers(steps: Sequence[Step], window: int, sinks: int) -> dict[str, Peer]:
+def decode_peers(steps: Sequence[Step], sinks: int) -> dict[str, Peer]:
     def small() -> Token:
         q, (k, v) = steps[0].q, small_kv(steps[0])
         heads, near = steps[0].retrieval, near_tokens(SMALL, SMALL_WINDOW, sinks, k.device)
@@ -48,7 +53,7 @@ def decode_peers(steps: Sequence[Step], window: int, sinks: int) -> dict[str, Pe
         return Token(q, k, v, heads, chosen | near, SMALL_WINDOW, sinks)
 
     def problems() -> list[Token]:
-        return [token(step, window, sinks) for step in steps]
+        return [token(step, sinks) for step in steps]
 
     return {
         "flash-sparse-attn": Peer(flash_sparse.decode, small, problems),
