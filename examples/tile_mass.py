@@ -97,6 +97,7 @@ def calibrate(model: Any, tokenizer: Any, length: int) -> None:
 
     def look(context: LayerContext, q: Tensor, k: Tensor, start: Tensor | None) -> None:
         if context.heads:
+            context.index.to(q.device)  # which sparse forwards would do
             calibration.observe(context, q, k)
 
     with observe(model, look):
