@@ -85,21 +85,28 @@ bool shares_loads(const DecodeParams& p) {
 int decode_splits(const DecodeParams& params, int sm_count) {
   constexpr int64_t kTile = kTileKeys * kWarps;
   int64_t most = 0, all = 0;
+  bool listed = false;
   for (int i = 0; i < params.sets_count; ++i) {
     const int64_t keys = most_keys(params, params.sets[i]);
     most = std::max(most, keys);
     all += keys;
+    listed |= params.sets[i].keys == DecodeKeys::kListed;
   }
+  const auto mostly = [](int64_t part, int64_t whole) { return 10 * part >= 7 * whole; };
   const int64_t tiles = divide_up(most, kTile);
-  const int64_t pairs = std::max<int64_t>(1, params.batch * params.sets_count);
-  // Rounded down: one block too many would double the time.
-  const int64_t one = sm_count / pairs, two = 2 * sm_count / pairs;
+  // So many parts that all of them have a multiprocessor, rounded down: one block too many would
+  // double the time. Where some sets are much shorter, whose parts end early, the longest sets'
+  // parts take as much of the machine as their share of the keys. How long lists are is not known.
+  const bool alike = listed || mostly(all, params.sets_count * most);
+  const int64_t work = params.batch * (alike ? params.sets_count * most : all);
+  const int64_t one = sm_count * most / std::max<int64_t>(1, work);
+  const int64_t two = 2 * sm_count * most / std::max<int64_t>(1, work);
   // One block on a multiprocessor leaves half as much to merge as two, and is as quick up to a few
   // tiles (measured on H200), or up to many, or where nothing is left to merge, as long as the
   // blocks are about equal and on most multiprocessors (measured on H100).
   constexpr int64_t kFewTilesOfTwo = 4, kManyTilesOfOne = 64;
-  const bool equal = params.slots_count == params.heads && !params.start_ptr &&
-                     10 * one * params.batch * all >= 7 * sm_count * most;
+  const bool equal = alike && params.slots_count == params.heads && !params.start_ptr &&
+                     mostly(one * params.batch * all, sm_count * most);
   const bool suffices =
       tiles < kFewTilesOfTwo * two || (equal && (one == 1 || tiles <= kManyTilesOfOne * one));
   const int64_t wanted = suffices && shares_loads(params) ? one : two;

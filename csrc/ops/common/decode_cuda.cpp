@@ -68,6 +68,9 @@ void fill_sets(DecodeParams& params, const std::vector<cpu::HeadSet>& sets) {
     set.near_window = true;
     add_sets(params, set, listed_near);
   }
+  // Blocks start in this order: the short ones at the end fill what the long ones leave idle.
+  std::stable_partition(params.sets, params.sets + params.sets_count,
+                        [](const DecodeSet& set) { return set.keys != DecodeKeys::kNear; });
 }
 
 }  // namespace
