@@ -61,8 +61,8 @@ HEADS = {
     WIDE.shape: WIDE,
 }
 LENGTHS = [2**i * 1024 for i in range(2, 11)]
-DEFAULTS_SELECT = [(1, 71_680), (4, 26_624), (16, 15_360), (64, 12_544)]
-"""Batch and keys, little more than from which on the rule selects with 64 `min_tokens`."""
+DEFAULTS_SELECT = [(1, 51_200), (4, 24_576), (16, 15_360), (64, 12_544)]
+"""Batch and keys, little more than from which on an H200 selects with 64 `min_tokens`."""
 SHAPES: list[dict[str, Any]] = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
     *[dict(batch=1, keys=keys) for keys in LENGTHS],

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.attention import Layer
 from rtpurbo import RTPurboConfig, ops
 from rtpurbo.ops.quantize_index import INDEX_BLOCK
-from rtpurbo.short_inputs.decode import fewest_to_select_from
+from rtpurbo.short_inputs.decode import fewest_to_select_from, memory_rate
 
 LAYER = Layer(32, 4, 128, (1, 9, 10, 17, 30))
 INDEX_DIM, WINDOW, SINKS, SELECTED, TINY_P = 16, 8192, 4, 8192, 1e-9
@@ -140,9 +140,10 @@ class Step:
         (batch, _, keys, dim), row = self.k.shape, row_bytes(self.layer)
         read = len(set(self.layer.owners)) * row
         index = len(set(self.index_map)) * INDEX_DIM * self.bits // 8
-        sifts = self.beyond_window and dim <= 128
-        heads, tokens = len(self.retrieval), self.min_tokens
-        fewest = fewest_to_select_from(batch, heads, read, index, row, tokens, sifts=sifts)
+        fewest = fewest_to_select_from(
+            batch, len(self.retrieval), read, index, row, self.min_tokens,
+            sifts=self.beyond_window and dim <= 128, rate=memory_rate(self.q.device),
+        )  # fmt: skip
         return keys - self.near_window - SINKS >= fewest
 
     def whole(self) -> Tensor:

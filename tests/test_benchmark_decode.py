@@ -11,7 +11,7 @@ from benchmarks.decode_layer import INDEX_DIM, LAYER, SINKS, WINDOW, Step, row_b
 from benchmarks.decode_layer import SELECTED as SELECTED_TOKENS
 from benchmarks.recorded import Recorder
 from rtpurbo import ops
-from rtpurbo.short_inputs.decode import decode_selects, fewest_to_select_from
+from rtpurbo.short_inputs.decode import H200_RATE, decode_selects, fewest_to_select_from
 
 KEYS, SELECTED = WINDOW + 1024, 200
 FAR = slice(SINKS, KEYS - WINDOW)
@@ -86,7 +86,8 @@ def test_what_is_selected_in_form_full_goes_by_the_index_alone():
     assert "near_lse" not in decode_cuda.parts_of(dict(batch=1, keys=131_072, form="full"))
 
 
-def test_a_step_asks_the_rule_as_a_model_does():
+def test_a_step_asks_the_rule_as_a_model_does(monkeypatch):
+    monkeypatch.setattr("rtpurbo.short_inputs.decode.memory_rate", lambda device: H200_RATE)
     for shape in decode_cuda.SHAPES:
         step = decode_cuda.step_of(shape, "meta")
         layer, keys = step.layer, shape["keys"]

@@ -1,28 +1,34 @@
 """The short-input rule of a decode step.
 
-Its constants are of an H200, but for what scores cost with a sieve or when refined: those are of an
-H100, whose memory is slower, so that a selection pays off a little earlier there.
+A selection's costs are told as the bytes that an H200 reads meanwhile; a card with a slower memory
+reads fewer.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from rtpurbo.context import LayerContext
 from rtpurbo.short_inputs.fast import FAST_INDEX_DIM
 
-SPARED_BYTES = 3 << 25
-"""What a selection must spare a decode step to read: the time of its stages, some 25 us."""
-LAUNCHES, REFINING_LAUNCHES = 3, 4
-"""How often SPARED_BYTES of `near_lse`, `select` and `decode` apart; with `refine`."""
+H200_RATE = 4.9e12
+"""Bytes a second."""
+STAGES_BYTES = 7 << 23
+"""What the stages of a selection cost, some 12 us."""
+LAUNCHES, REFINING_LAUNCHES = 3, 6
+"""How often STAGES_BYTES of `near_lse`, `select` and `decode` apart; with `refine`."""
 USUAL_TOKENS = 1024
 """Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
 LIST_BYTES, LISTED_COST = 7 << 16, 1.2
 """What each list costs, and its rows, over that to read as many one after the other."""
+FIRST_LISTS_BYTES = 1 << 25
+"""Up to these, lists cost twice as much: there are too few to keep the memory busy."""
 SCORE_BYTES = 32
-"""What a decode step reads while it ranks one score of a retrieval head, the index key aside."""
+"""What ranking one score of a retrieval head costs, its index key aside."""
 REFINED_SCORE_BYTES = 52
 """The same where what it selects is scored again."""
 SIFTED_SCORES = 1 << 23
@@ -30,8 +36,18 @@ SIFTED_SCORES = 1 << 23
 SIFTED_KEYS = 1 << 15
 """The same of keys."""
 SIFTED_SCORE_BYTES = 8
-SIFTING_BYTES = 5 << 25
-"""The same with a sieve, and what this must spare beside SPARED_BYTES: its sample's stages."""
+SIFTING_BYTES = 15 << 23
+"""What a score costs with a sieve, and what this costs beside STAGES_BYTES: its sample's stages."""
+
+
+@lru_cache
+def memory_rate(device: torch.device) -> float:
+    """Bytes a second that the device's memory gives at most; H200_RATE of what is no GPU."""
+    if device.type != "cuda":
+        return H200_RATE
+    card = torch.cuda.get_device_properties(device)
+    per_second = 2 * card.memory_clock_rate * 1e3  # kHz, on both edges of the clock
+    return per_second * card.memory_bus_width / 8
 
 
 def decode_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
@@ -68,6 +84,7 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
         one_launch=one_launch,
         sifts=sifts,
         refines=config.refine,
+        rate=memory_rate(q.device),
     )
 
 
@@ -82,21 +99,24 @@ def fewest_to_select_from(
     one_launch: bool = True,
     sifts: bool = False,
     refines: bool = False,
+    rate: float = H200_RATE,
 ) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
 
     `read`: bytes a far key of keys and values; `index`: those of its index keys;
     `row`: those of a key and value that a retrieval head selects; `one_launch`: instead of one for
     each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores;
-    `refines`: scores what it selects again.
+    `refines`: scores what it selects again; `rate`: of the memory.
     """
+    slower = rate / H200_RATE
     launches = 1 if one_launch else REFINING_LAUNCHES if refines else LAUNCHES
-    listed = LIST_BYTES + int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
-    least = SPARED_BYTES * launches + batch * heads * listed
+    lists = LIST_BYTES + int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
+    lists *= batch * heads
+    least = STAGES_BYTES * launches + lists + min(lists, FIRST_LISTS_BYTES)
 
     def fewest(least: int, ranked: int) -> int:
-        spared = batch * (read - index - heads * ranked)
-        return least // spared + 1 if spared > 0 else sys.maxsize
+        spared = batch * (read - index - heads * ranked * slower)
+        return int(least * slower / spared) + 1 if spared > 0 else sys.maxsize
 
     plain = fewest(least, REFINED_SCORE_BYTES if refines else SCORE_BYTES)
     if not sifts:

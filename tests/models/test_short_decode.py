@@ -8,6 +8,8 @@ import torch
 import rtpurbo
 from rtpurbo.patching import state
 from rtpurbo.short_inputs.decode import (
+    FIRST_LISTS_BYTES,
+    H200_RATE,
     LAUNCHES,
     LIST_BYTES,
     LISTED_COST,
@@ -17,16 +19,29 @@ from rtpurbo.short_inputs.decode import (
     SIFTED_SCORE_BYTES,
     SIFTED_SCORES,
     SIFTING_BYTES,
-    SPARED_BYTES,
+    STAGES_BYTES,
     USUAL_TOKENS,
     fewest_far_keys,
     fewest_to_select_from,
+    memory_rate,
 )
 from tests.models.tiny import config, in_pieces, tiny, tokens
 
 pytestmark = pytest.mark.families
 WINDOW, SINKS = 8, 2
 ROW = 2 * 128 * 2  # bytes of a key and its value, of 128 elements of two bytes
+H100_RATE = 3.35e12
+
+
+@pytest.fixture(autouse=True)
+def on_an_h200(monkeypatch):
+    monkeypatch.setattr("rtpurbo.short_inputs.decode.memory_rate", lambda device: H200_RATE)
+
+
+def lists_bytes(lists, tokens, row=ROW):
+    """What lists cost beside the stages."""
+    bytes = lists * (LIST_BYTES + int(LISTED_COST * row * tokens))
+    return bytes + min(bytes, FIRST_LISTS_BYTES)
 
 
 def test_few_far_keys_are_all_read():
@@ -57,15 +72,15 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
     # Batch; KV heads, K and V, D, bf16; retrieval heads, index dim, a byte. An index dim of 16 has
     # one launch.
     spared = 2 * (2 * 2 * 128 * 2 - 3 * (8 + SCORE_BYTES))
-    listed = 2 * 3 * (LIST_BYTES + int(LISTED_COST * 2000 * 2 * 128 * 2))
-    assert (least - 1) * spared <= LAUNCHES * SPARED_BYTES + listed < least * spared
+    listed = lists_bytes(2 * 3, 2000)
+    assert (least - 1) * spared <= LAUNCHES * STAGES_BYTES + listed < least * spared
     several = (True, REFINING_LAUNCHES, REFINED_SCORE_BYTES)
     for refine, launches, score in ((False, 1, SCORE_BYTES), several):
         wider = dict(index_bits=8, index_dim=16, min_tokens=2000, refine=refine)
         context = state(rtpurbo.sparsify(tiny(), config(**wider))).layers[0]
         least = fewest_far_keys(context, q)
         spared = 2 * (2 * 2 * 128 * 2 - 3 * (16 + score))
-        assert (least - 1) * spared <= launches * SPARED_BYTES + listed < least * spared
+        assert (least - 1) * spared <= launches * STAGES_BYTES + listed < least * spared
     q.device = torch.device("cpu")
     assert fewest_far_keys(context, q) == 1
     q.device, q.shape = torch.device("cuda"), (2, 6, 1, 2)
@@ -73,16 +88,40 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
 
 
 @pytest.mark.parametrize(
-    "bits, keys, speed",
+    "rate, bits, keys, speed",
     [
-        (16, 131_072, 0.58), (16, 262_144, 0.76), (16, 1_048_576, 1.36), (4, 131_072, 0.73),
-        (4, 524_288, 1.9), (4, 1_048_576, 2.7),
+        (H200_RATE, 16, 262_144, 0.76), (H200_RATE, 16, 1_048_576, 1.23),
+        (H200_RATE, 4, 131_072, 0.74), (H200_RATE, 4, 524_288, 1.55),
+        (H100_RATE, 16, 262_144, 0.87), (H100_RATE, 16, 524_288, 1.14),
+        (H100_RATE, 4, 131_072, 0.9), (H100_RATE, 4, 262_144, 1.22),
     ],
 )  # fmt: skip
-def test_a_sieve_serves_many_heads(bits, keys, speed):
-    """`speed`: of 32 of 32 retrieval heads against reading every key, on an H100."""
+def test_a_sieve_serves_many_heads(rate, bits, keys, speed):
+    """`speed`: of 32 of 32 retrieval heads against reading every key."""
     shape = 1, 32, 4 * ROW, 32 * 16 * bits // 8, ROW, 8192
-    assert (keys >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
+    assert (keys >= fewest_to_select_from(*shape, sifts=True, rate=rate)) == (speed > 1)
+
+
+@pytest.mark.parametrize(
+    "layer, batch, keys, speed",
+    [
+        ((5, 4, 128), 1, 16_384, 0.66), ((5, 4, 128), 1, 65_536, 1.53),
+        ((5, 4, 128), 4, 16_384, 0.94), ((5, 4, 128), 4, 32_768, 1.59),
+        ((1, 1, 128), 1, 65_536, 0.95), ((1, 1, 128), 1, 131_072, 1.36),
+        ((5, 4, 64), 1, 32_768, 0.76), ((5, 4, 64), 1, 131_072, 1.48),
+        ((1, 1, 64), 1, 131_072, 0.86), ((1, 1, 64), 1, 262_144, 1.31),
+        ((3, 3, 64), 4, 16_384, 0.74), ((3, 3, 64), 4, 32_768, 1.19),
+        ((1, 1, 256), 4, 16_384, 0.83), ((1, 1, 256), 4, 32_768, 1.13),
+    ],
+)  # fmt: skip
+def test_layers_select_where_that_is_quicker(layer, batch, keys, speed):
+    """`speed`: with 1,024 tokens a head and a window of 8,192 against reading every key, on an
+    H100; of a layer's retrieval heads, their KV heads, and the head dim."""
+    heads, kv_heads, dim = layer
+    row = 2 * dim * 2
+    shape = batch, heads, kv_heads * row, heads * 32, row, 64
+    fewest = fewest_to_select_from(*shape, sifts=dim <= 128, rate=H100_RATE)
+    assert (keys - 8196 >= fewest) == (speed > 1)
 
 
 @pytest.mark.parametrize(
@@ -116,12 +155,20 @@ def test_batches_select_where_that_is_quicker(batch, keys, tokens, speed):
     assert (keys - 8196 >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
 
 
+def test_a_cards_memory_has_a_rate(monkeypatch):
+    cards = {H200_RATE: (3_201_000, 6144), H100_RATE: (2_619_000, 5120)}  # kHz, bits
+    for rate, (clock, width) in cards.items():
+        card = SimpleNamespace(memory_clock_rate=clock, memory_bus_width=width)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert memory_rate.__wrapped__(torch.device("cuda")) == pytest.approx(rate, rel=0.01)
+    assert memory_rate(torch.device("meta")) == H200_RATE
+
+
 def test_a_sieve_is_for_many_scores():
-    for heads, keys in ((26, SIFTED_SCORES // 26), (28, None)):
+    for heads, keys in ((28, SIFTED_SCORES // 28), (32, None)):
         least = fewest_to_select_from(1, heads, 4 * ROW, heads * 32, ROW, 0, sifts=True)
-        listed = LIST_BYTES + int(LISTED_COST * ROW * USUAL_TOKENS)
         spared = 4 * ROW - heads * (32 + SIFTED_SCORE_BYTES)
-        saved = (SPARED_BYTES + SIFTING_BYTES + heads * listed) // spared
+        saved = (STAGES_BYTES + SIFTING_BYTES + lists_bytes(heads, USUAL_TOKENS)) // spared
         assert least == keys > saved if keys else least == saved + 1 > SIFTED_SCORES // heads
     assert fewest_to_select_from(32, 32, 6 * ROW, 32 * 32, ROW, 0, sifts=True) == 1 << 15
     assert fewest_to_select_from(0, 32, 4 * ROW, 32 * 32, ROW, 0, sifts=True) > 1 << 40
