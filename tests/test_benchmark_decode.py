@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import append_cuda, decode_cuda
+from benchmarks import append_cuda, decode_cuda, decode_short_cuda
 from benchmarks import decode_stages_cuda as bench
 from benchmarks.decode_layer import INDEX_DIM, LAYER, SINKS, WINDOW, Step, row_bytes
 from benchmarks.decode_layer import SELECTED as SELECTED_TOKENS
@@ -104,6 +104,21 @@ def test_a_step_asks_the_rule_as_a_model_does(monkeypatch):
             shape=step.q.shape, device=torch.device("cuda"), element_size=step.q.element_size
         )
         assert decode_selects(context, on_cuda, keys) == step.selects
+
+
+@pytest.mark.parametrize("selects", [False, True])
+def test_the_rule_runs_one_of_both_ways(monkeypatch, selects):
+    monkeypatch.setattr(Step, "selects", property(lambda step: selects))
+    case = decode_short_cuda.case_of(decode_short_cuda.SMALL, 1, 2 * KEYS, "cpu")
+    dense, listed = (case.baselines[f"{way} retrieval heads"]() for way in ("dense", "listed"))
+    assert case.facts == {"selects": float(selects)} and case.rounds == len(dense) == 6
+    for out, taken, left in zip(case.run(), *(listed, dense)[:: 1 if selects else -1], strict=True):
+        assert torch.equal(out, taken) and not torch.equal(out, left)
+
+
+def test_cases_of_the_rule_differ():
+    seen = [str(decode_short_cuda.parameters_of(*shape)) for shape in decode_short_cuda.SHAPES]
+    assert len(seen) == len(set(seen)) > 90
 
 
 def test_steps_of_default_models_begin_where_the_rule_does():

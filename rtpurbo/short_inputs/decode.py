@@ -29,7 +29,7 @@ FIRST_LISTS_BYTES = 1 << 25
 """Up to these, lists cost twice as much: there are too few to keep the memory busy."""
 SCORE_BYTES = 32
 """What ranking one score of a retrieval head costs, its index key aside."""
-REFINED_SCORE_BYTES = 52
+REFINED_SCORE_BYTES = 74
 """The same where what it selects is scored again."""
 SIFTED_SCORES = 1 << 23
 """Of all retrieval heads, from which on `sparse_decode` has a sieve (csrc/cuda/select/plan.h)."""
