@@ -42,12 +42,12 @@ SIFTING_BYTES = 15 << 23
 
 @lru_cache
 def memory_rate(device: torch.device) -> float:
-    """Bytes a second that the device's memory gives at most; H200_RATE of what is no GPU."""
+    """Bytes a second that the device's memory gives at most; H200_RATE where none is told."""
     if device.type != "cuda":
         return H200_RATE
     card = torch.cuda.get_device_properties(device)
     per_second = 2 * card.memory_clock_rate * 1e3  # kHz, on both edges of the clock
-    return per_second * card.memory_bus_width / 8
+    return per_second * card.memory_bus_width / 8 or H200_RATE
 
 
 def decode_selects(context: LayerContext, q: Tensor, keys: int) -> bool:
@@ -108,15 +108,15 @@ def fewest_to_select_from(
     each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores;
     `refines`: scores what it selects again; `rate`: of the memory.
     """
-    slower = rate / H200_RATE
+    pace = rate / H200_RATE
     launches = 1 if one_launch else REFINING_LAUNCHES if refines else LAUNCHES
     lists = LIST_BYTES + int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
     lists *= batch * heads
     least = STAGES_BYTES * launches + lists + min(lists, FIRST_LISTS_BYTES)
 
     def fewest(least: int, ranked: int) -> int:
-        spared = batch * (read - index - heads * ranked * slower)
-        return int(least * slower / spared) + 1 if spared > 0 else sys.maxsize
+        spared = batch * (read - index - heads * ranked * pace)
+        return int(least * pace / spared) + 1 if spared > 0 else sys.maxsize
 
     plain = fewest(least, REFINED_SCORE_BYTES if refines else SCORE_BYTES)
     if not sifts:

@@ -156,8 +156,8 @@ def test_batches_select_where_that_is_quicker(batch, keys, tokens, speed):
 
 
 def test_a_cards_memory_has_a_rate(monkeypatch):
-    cards = {H200_RATE: (3_201_000, 6144), H100_RATE: (2_619_000, 5120)}  # kHz, bits
-    for rate, (clock, width) in cards.items():
+    cards = (H200_RATE, 3_201_000, 6144), (H100_RATE, 2_619_000, 5120), (H200_RATE, 0, 0)
+    for rate, clock, width in cards:  # kHz, bits; the last does not tell
         card = SimpleNamespace(memory_clock_rate=clock, memory_bus_width=width)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         assert memory_rate.__wrapped__(torch.device("cuda")) == pytest.approx(rate, rel=0.01)
