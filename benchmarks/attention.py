@@ -42,7 +42,9 @@ class Layer:
         ]
 
 
-LAYERS = (Layer(32, 4, 128, (3, 9, 14, 20, 27)), Layer(9, 3, 64, (4,)))
+LARGE = Layer(32, 4, 128, (3, 9, 14, 20, 27))
+SMALL = Layer(9, 3, 64, (4,))  # SmolLM2-135M's
+LAYERS = LARGE, SMALL
 WIDE = Layer(16, 4, 256, (1, 6, 13))
 
 

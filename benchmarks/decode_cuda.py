@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import LAYERS, WIDE, Layer
+from benchmarks.attention import SMALL, WIDE, Layer
 from benchmarks.decode_layer import LAYER, SELECTED, SINKS, WINDOW, Step, row_bytes
-from benchmarks.dense import BACKENDS, dense
+from benchmarks.dense import dense_in_turn
 from benchmarks.peers.decode import decode_peers, dense_peers
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 
@@ -37,10 +37,7 @@ PARTS: dict[str, Callable[[Step], object]] = {
 
 def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
     """By part."""
-    runs: dict[str, Callable[[], object]] = {
-        name: in_turn([partial(dense, b, step.q, step.k, step.v) for step in steps])
-        for name, b in BACKENDS.items()
-    }
+    runs = dense_in_turn((step.q, step.k, step.v) for step in steps)
     runs.update(dense_peers(steps))
     if steps[0].k.shape[2] <= steps[0].near_window + SINKS:
         return {"step": runs}
@@ -54,7 +51,6 @@ def baselines(steps: list[Step]) -> dict[str, dict[str, Callable[[], object]]]:
     }
 
 
-SMALL = LAYERS[1]
 HEADS = {
     "all": replace(LAYER, retrieval_heads=tuple(range(LAYER.heads))),
     SMALL.shape: SMALL,
@@ -62,7 +58,7 @@ HEADS = {
 }
 LENGTHS = [2**i * 1024 for i in range(2, 11)]
 DEFAULTS_SELECT = [(1, 51_200), (4, 24_576), (16, 15_360), (64, 12_544)]
-"""Batch and keys, little more than from which on an H200 selects with 64 `min_tokens`."""
+"""Batch and keys: a few more than those from which on an H200 selects with 64 `min_tokens`."""
 SHAPES: list[dict[str, Any]] = [
     *[dict(batch=1, keys=keys) for keys in (16, 256, 1024)],
     *[dict(batch=1, keys=keys) for keys in LENGTHS],
@@ -125,7 +121,7 @@ def parts_of(shape: dict[str, Any]) -> dict[str, Callable[[Step], object]]:
     if bits < 16:
         parts |= {"refine": Step.refine, "refined step": Step.refine_and_attend}
     if shape.get("form") == "full":
-        del parts["near_lse"]
+        parts.pop("near_lse", None)
     return parts
 
 

@@ -18,15 +18,15 @@ INDEX_DIM, WINDOW, SINKS, SELECTED, TINY_P = 16, 8192, 4, 8192, 1e-9
 
 
 def row_bytes(layer: Layer) -> int:
-    """Of a key and its value."""
+    """Of a key and its value, in two bytes an element."""
     return 2 * layer.dim * 2
 
 
 class Step:
     """The tensors of one decode step and its parts.
 
-    `shared`: an index key for each KV head; `min_tokens`: the model's, as far as its rule asks,
-    where top-p is to take more; `form`: the index's.
+    `shared`: an index key for each KV head; `min_tokens`: what the rule is told, `selected` unless
+    given; `form`: the index's.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 import rtpurbo
 from benchmarks import real_lists
 from benchmarks.decode_layer import LAYER
-from benchmarks.dense import BACKENDS, dense
+from benchmarks.dense import dense_in_turn
 from benchmarks.recorded import Call, recorded, selection_facts, texts
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 from rtpurbo import HeadMap, RTPurboConfig
@@ -65,10 +65,7 @@ def step_cases(
     chosen: list[dict[str, Any]], steps: dict[int, Steps], layers: list[int], inputs: list[QKV]
 ) -> list[Case]:
     """`inputs`: one of each layer for the dense baselines, and at least one of each text."""
-    one, every = (
-        {name: in_turn([partial(dense, b, *qkv) for qkv in some]) for name, b in BACKENDS.items()}
-        for some in (inputs[:ROUNDS], inputs[: len(layers)] * ROUNDS)
-    )
+    one, every = map(dense_in_turn, (inputs[:ROUNDS], inputs[: len(layers)] * ROUNDS))
     cases = []
     for parameters in chosen:
         layer, by_text = parameters["layer"], steps[parameters["bits"]]

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import LAYERS, WIDE, Layer
+from benchmarks.attention import SMALL, WIDE, Layer
 from benchmarks.decode_layer import LAYER, Step
-from benchmarks.dense import BACKENDS, dense
+from benchmarks.dense import dense_in_turn
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
+from rtpurbo import RTPurboConfig
 from rtpurbo.short_inputs.decode import USUAL_TOKENS
 
-SMALL = LAYERS[1]
 LAYERS_OF_RULE = [
     *[replace(LAYER, retrieval_heads=heads) for heads in ((1,), (1, 9), (0, 1, 2, 3))],
     LAYER,
@@ -25,7 +25,7 @@ LAYERS_OF_RULE = [
     *[replace(SMALL, retrieval_heads=heads) for heads in ((4,), (0, 4, 8))],
     *[replace(WIDE, retrieval_heads=heads) for heads in ((1,), (1, 6, 13))],
 ]
-SELECTED, MIN_TOKENS = USUAL_TOKENS, 64
+SELECTED, MIN_TOKENS = USUAL_TOKENS, RTPurboConfig.min_tokens
 LENGTHS = [2**i * 1024 for i in range(4, 9)]
 MOST_KEYS = 524_288
 """Of a batch."""
@@ -54,10 +54,7 @@ def case_of(layer: Layer, batch: int, keys: int, device: str = "cuda") -> Case:
         "dense retrieval heads": in_turn([partial(s.decoded, s.retrieval) for s in steps]),
         "listed retrieval heads": in_turn([step.select_and_attend for step in steps]),
     }
-    others = {
-        name: in_turn([partial(dense, backend, step.q, step.k, step.v) for step in steps])
-        for name, backend in BACKENDS.items()
-    }
+    others = dense_in_turn((step.q, step.k, step.v) for step in steps)
     return Case(
         parameters=parameters_of(layer, batch, keys),
         run=in_turn([step.whole for step in steps]),

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import LAYERS, Layer
+from benchmarks.attention import LARGE, SMALL, Layer
 from benchmarks.dense_prefill import cudnn, flash
 from benchmarks.masks import dense_pairs, near_pairs
 from benchmarks.peers.prefill import listed_peers, windowed_peers
@@ -30,7 +30,6 @@ from benchmarks.prefill_layer import SINKS, Prefill
 from benchmarks.random_lists import ListPlan
 from benchmarks.registry import Case, Run, Wanted, benchmark
 
-LARGE, SMALL = LAYERS  # the second is SmolLM2-135M's
 LENGTHS = [(LARGE, 2**i * 1024) for i in range(2, 11)] + [(SMALL, 32768)]
 WINDOW = 8192
 WINDOWS = {LARGE: (1024, WINDOW), SMALL: (1024,)}

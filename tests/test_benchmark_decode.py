@@ -87,7 +87,8 @@ def test_what_is_selected_in_form_full_goes_by_the_index_alone():
 
 
 def test_a_step_asks_the_rule_as_a_model_does(monkeypatch):
-    monkeypatch.setattr("rtpurbo.short_inputs.decode.memory_rate", lambda device: H200_RATE)
+    for module in ("rtpurbo.short_inputs.decode", "benchmarks.decode_layer"):
+        monkeypatch.setattr(f"{module}.memory_rate", lambda device: 0.7 * H200_RATE)
     for shape in decode_cuda.SHAPES:
         step = decode_cuda.step_of(shape, "meta")
         layer, keys = step.layer, shape["keys"]

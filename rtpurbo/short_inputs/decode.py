@@ -16,7 +16,7 @@ from rtpurbo.context import LayerContext
 from rtpurbo.short_inputs.fast import FAST_INDEX_DIM
 
 H200_RATE = 4.9e12
-"""Bytes a second."""
+"""Bytes a second that its memory gives at most."""
 STAGES_BYTES = 7 << 23
 """What the stages of a selection cost, some 12 us."""
 LAUNCHES, REFINING_LAUNCHES = 3, 6

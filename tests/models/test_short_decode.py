@@ -164,6 +164,14 @@ def test_a_cards_memory_has_a_rate(monkeypatch):
     assert memory_rate(torch.device("meta")) == H200_RATE
 
 
+def test_a_slower_memory_has_a_layer_select_earlier(monkeypatch):
+    context = state(rtpurbo.sparsify(tiny(), config(index_dim=16))).layers[0]
+    q = SimpleNamespace(shape=(2, 6, 1, 128), device=torch.device("cuda"), element_size=lambda: 2)
+    least = fewest_far_keys(context, q)
+    monkeypatch.setattr("rtpurbo.short_inputs.decode.memory_rate", lambda device: H100_RATE)
+    assert fewest_far_keys(context, q) < least
+
+
 def test_a_sieve_is_for_many_scores():
     for heads, keys in ((28, SIFTED_SCORES // 28), (32, None)):
         least = fewest_to_select_from(1, heads, 4 * ROW, heads * 32, ROW, 0, sifts=True)
