@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import pkgutil
+import platform
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -16,7 +17,7 @@ import benchmarks
 from benchmarks.choice import Choice
 from benchmarks.measure import measure
 from benchmarks.registry import BENCHMARKS, Case
-from rtpurbo.environment import environment
+from rtpurbo.environment import hardware
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -89,15 +90,9 @@ def main() -> None:
         parser.error(str(error))
 
     torch.manual_seed(0)
-    where = environment()
     report: dict[str, Any] = {
-        "hardware": {
-            "cpu": where["cpu"],
-            "capability": where["cpu_capability"],
-            "threads": where["threads"],
-            "gpus": where["gpus"],
-        },
-        "versions": {"torch": torch.__version__, "python": where["python"]},
+        "hardware": hardware(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "results": {},
     }
     output = arguments.output or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")

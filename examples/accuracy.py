@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import rtpurbo
-from rtpurbo.environment import environment
+from rtpurbo.environment import environment, hardware
 from rtpurbo.evaluate import evaluate
 from rtpurbo.files import write_json
 from rtpurbo.patching import state
@@ -54,14 +54,8 @@ def asked(arguments: argparse.Namespace) -> dict[str, Any]:
 def save(arguments: argparse.Namespace, name: str, results: Any) -> None:
     """Writes results under --output, with hardware and versions as the files of benchmarks have."""
     where = environment()
-    hardware = {
-        "cpu": where["cpu"],
-        "capability": where["cpu_capability"],
-        "threads": where["threads"],
-        "gpus": where["gpus"],
-    }
     versions = {"python": where["python"], **where["packages"]}
-    report = {"hardware": hardware, "versions": versions, "settings": asked(arguments)}
+    report = {"hardware": hardware(), "versions": versions, "settings": asked(arguments)}
     write_json(arguments.output / f"{name}.json", {**report, "results": results})
 
 

@@ -15,6 +15,17 @@ from rtpurbo.ops._library import rtpurbo_ops
 _PACKAGES = ("rtpurbo", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 
 
+def hardware() -> dict[str, Any]:
+    """As reports of measurements tell it."""
+    where = environment()
+    return {
+        "cpu": where["cpu"],
+        "capability": where["cpu_capability"],
+        "threads": where["threads"],
+        "gpus": where["gpus"],
+    }
+
+
 def environment() -> dict[str, Any]:
     """Hardware, versions of the packages that matter (those installed) and the build.
 
