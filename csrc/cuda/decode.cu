@@ -96,7 +96,8 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   const int64_t tiles = divide_up(most, kTile);
   // So many parts that all of them have a multiprocessor, rounded down: one block too many would
   // double the time. Where some sets are much shorter, whose parts end early, the longest sets'
-  // parts take as much of the machine as their share of the keys. How long lists are is not known.
+  // parts take as much of the machine as their share of the keys. Lists may be of any length, so
+  // that sets beside them count as alike.
   const bool alike = listed || mostly(all, params.sets_count * most);
   const int64_t work = params.batch * (alike ? params.sets_count * most : all);
   const int64_t one = sm_count * most / std::max<int64_t>(1, work);
