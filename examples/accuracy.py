@@ -167,7 +167,8 @@ def greedy(arguments: argparse.Namespace) -> None:
         logits.append([torch.cat(o.logits).float().cpu() for o in out])
         print(device, [tokenizer.decode(text)[:60] for text in texts[-1]], flush=True)
     results = [compared(*pair) for pair in zip(*texts, *logits, strict=True)]
-    save(arguments, f"greedy-{kind_of(arguments)}-{arguments.dtype}-{length}", results)
+    kind = f"{kind_of(arguments)}-{arguments.dtype}-{arguments.top_p}"
+    save(arguments, f"greedy-{kind}-{length}", results)
     equal = sum(result["equal"] for result in results)
     print(f"equal: {equal} of {len(results)} texts of {arguments.tokens} tokens")
     if equal < len(results):

@@ -111,7 +111,7 @@ def test_reports_of_accuracy_and_tile_mass(monkeypatch, tmp_path):
     run(accuracy, "greedy --dtype bfloat16 --length 1024 --prompts 2 --tokens 3")
     run(tile_mass, "--lengths 512 --sequences 1 --calibrate")
     run(tile_ranks, "tiles --lengths 2048 --sequences 1")
-    texts = read_json(tmp_path / "greedy-beyond_window-dense-16-bfloat16-1024.json")
+    texts = read_json(tmp_path / "greedy-beyond_window-dense-16-bfloat16-1.0-1024.json")
     assert [text["equal"] for text in texts["results"]] == [True, True]
     assert texts["hardware"].keys() == {"cpu", "capability", "threads", "gpus"}
     assert "torch" in texts["versions"]

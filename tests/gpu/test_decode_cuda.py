@@ -103,6 +103,18 @@ def test_local_heads_beside_heads_that_read_every_key(seed, dim, dtype, poison, 
     assert_decodes(arguments, start, cuda_device, local, poisoned)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_one_kv_head_of_three_reads_every_key(dim, padded, batch, cuda_device):
+    """Its keys have most of the parts; of the short sets' parts most are empty."""
+    torch.manual_seed(dim + batch)
+    q = torch.randn(batch, 1, 9, dim, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(batch, 9001, 3, dim).bfloat16().transpose(1, 2) for _ in range(2))
+    start = torch.arange(batch) * 700 if padded else None
+    assert_decodes((q, k, v, [4], 100, 100, 4, dim**-0.5), start, cuda_device)
+
+
 @pytest.mark.parametrize("retrieving", [1, 7, 8, 9, 12, 15, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_sixteen_heads_of_a_kv_head_of_which_some_read_every_key(dtype, retrieving, cuda_device):
