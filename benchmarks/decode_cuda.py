@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention import SMALL, WIDE, Layer
-from benchmarks.decode_layer import LAYER, SELECTED, SINKS, WINDOW, Step, row_bytes
+from benchmarks.decode_layer import LAYER, SELECTED, SINKS, WINDOW, Step, rounds
 from benchmarks.dense import dense_in_turn
 from benchmarks.peers.decode import decode_peers, dense_peers
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
@@ -107,9 +107,7 @@ def step_of(shape: dict[str, Any], device: str = "cuda") -> Step:
 
 
 def rounds_of(shape: dict[str, Any]) -> int:
-    layer = layer_of(shape)
-    size = shape["batch"] * shape["keys"] * layer.kv_heads * row_bytes(layer)
-    return 6 if size <= 1 << 30 else 3 if size <= 1 << 33 else 1
+    return rounds(layer_of(shape), shape["batch"], shape["keys"])
 
 
 def parts_of(shape: dict[str, Any]) -> dict[str, Callable[[Step], object]]:

@@ -22,6 +22,12 @@ def row_bytes(layer: Layer) -> int:
     return 2 * layer.dim * 2
 
 
+def rounds(layer: Layer, batch: int, keys: int) -> int:
+    """How many inputs take turns."""
+    size = batch * keys * layer.kv_heads * row_bytes(layer)
+    return 6 if size <= 1 << 30 else 3 if size <= 1 << 33 else 1
+
+
 class Step:
     """The tensors of one decode step and its parts.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention import SMALL, WIDE, Layer
-from benchmarks.decode_layer import LAYER, Step
+from benchmarks.decode_layer import LAYER, Step, rounds
 from benchmarks.dense import dense_in_turn
 from benchmarks.registry import Case, Wanted, benchmark, in_turn
 from rtpurbo import RTPurboConfig
@@ -29,8 +29,6 @@ SELECTED, MIN_TOKENS = USUAL_TOKENS, RTPurboConfig.min_tokens
 LENGTHS = [2**i * 1024 for i in range(4, 9)]
 MOST_KEYS = 524_288
 """Of a batch."""
-L2_KEYS = 131_072
-"""Of a batch, up to which more inputs take turns."""
 SHAPES = [
     (layer, batch, keys)
     for layer in LAYERS_OF_RULE
@@ -47,9 +45,8 @@ def parameters_of(layer: Layer, batch: int, keys: int) -> dict[str, Any]:
 
 
 def case_of(layer: Layer, batch: int, keys: int, device: str = "cuda") -> Case:
-    rounds = 6 if batch * keys <= L2_KEYS else 3
     options: dict[str, Any] = dict(selected=SELECTED, min_tokens=MIN_TOKENS, device=device)
-    steps = [Step(batch, keys, layer, **options) for _ in range(rounds)]
+    steps = [Step(batch, keys, layer, **options) for _ in range(rounds(layer, batch, keys))]
     ways = {
         "dense retrieval heads": in_turn([partial(s.decoded, s.retrieval) for s in steps]),
         "listed retrieval heads": in_turn([step.select_and_attend for step in steps]),
@@ -60,7 +57,7 @@ def case_of(layer: Layer, batch: int, keys: int, device: str = "cuda") -> Case:
         run=in_turn([step.whole for step in steps]),
         baselines={**ways, **others},
         goals={"dense retrieval heads": 1.0, **dict.fromkeys(others, 1.0)},
-        rounds=rounds,
+        rounds=len(steps),
         device=device,
         facts={"selects": float(steps[0].selects)},
     )

@@ -12,7 +12,6 @@ of prose as sums do. Both read the head map and the index under --output.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +19,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from accuracy import INDEX, parser_of, show, sparse_model
+from accuracy import INDEX, parser_of, save, show, sparse_model
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -218,9 +217,7 @@ def tiles(arguments: argparse.Namespace) -> None:
                     report[f"{length} {kind} {rank} {how}"] = row
                     shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items())
                     print(f"{length} {kind} {rank}, {how}: {shown}", flush=True)
-    (arguments.output / f"tile-ranks-{arguments.form}.json").write_text(
-        json.dumps(report, indent=1)
-    )
+    save(arguments, f"tile-ranks-{arguments.form}", report)
 
 
 def as_many(model: Any, tokenizer: Any, length: int, thresholds: Tensor) -> Tensor:
@@ -259,8 +256,7 @@ def needles(arguments: argparse.Namespace) -> None:
                 )  # fmt: skip
             report[f"{length} {task} {name}"] = found.to_dict()
             print(f"{length} {name}\n{found.to_markdown()}", flush=True)
-            text = json.dumps(report, indent=1)
-            (arguments.output / f"tile-ranks-needles-{arguments.name}.json").write_text(text)
+            save(arguments, f"tile-ranks-needles-{arguments.name}", report)
 
 
 def main() -> None:

@@ -17,12 +17,11 @@ _PACKAGES = ("rtpurbo", "torch", "transformers", "accelerate", "peft", "datasets
 
 def hardware() -> dict[str, Any]:
     """As reports of measurements tell it."""
-    where = environment()
     return {
-        "cpu": where["cpu"],
-        "capability": where["cpu_capability"],
-        "threads": where["threads"],
-        "gpus": where["gpus"],
+        "cpu": _cpu_name(),
+        "capability": rtpurbo_ops.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
@@ -31,11 +30,12 @@ def environment() -> dict[str, Any]:
 
     `cpu_capability` names the copy of the CPU kernels that runs: AVX512, AVX2 or DEFAULT.
     """
+    machine = hardware()
     return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": rtpurbo_ops.cpu_capability(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cpu": machine["cpu"],
+        "threads": machine["threads"],
+        "cpu_capability": machine["capability"],
+        "gpus": machine["gpus"],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _versions(),

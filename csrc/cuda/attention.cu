@@ -24,6 +24,12 @@ cudaError_t launch_dim(const AttentionParams& params, cudaStream_t stream) {
   }
 }
 
+#ifdef RTPURBO_WITH_SM90
+bool runs_on_sm90(const AttentionParams& params) {
+  return !prefers_portable() && sm90::takes_attention(params);
+}
+#endif
+
 }  // namespace
 
 bool rows_are_aligned(const AttentionParams& params) {
@@ -38,14 +44,14 @@ bool rows_are_aligned(const AttentionParams& params) {
 
 int64_t attention_parts([[maybe_unused]] const AttentionParams& params) {
 #ifdef RTPURBO_WITH_SM90
-  if (!prefers_portable() && sm90::takes_attention(params)) return sm90::attention_parts(params);
+  if (runs_on_sm90(params)) return sm90::attention_parts(params);
 #endif
   return 0;
 }
 
 cudaError_t launch_attention(const AttentionParams& params, cudaStream_t stream) {
 #ifdef RTPURBO_WITH_SM90
-  if (!prefers_portable() && sm90::takes_attention(params)) {
+  if (runs_on_sm90(params)) {
     const cudaError_t error = sm90::launch_attention(params, stream);
     if (error != cudaErrorNotSupported) return error;
   }

@@ -99,9 +99,9 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   // parts take as much of the machine as their share of the keys. Lists may be of any length, so
   // that sets beside them count as alike.
   const bool alike = listed || mostly(all, params.sets_count * most);
-  const int64_t work = params.batch * (alike ? params.sets_count * most : all);
-  const int64_t one = sm_count * most / std::max<int64_t>(1, work);
-  const int64_t two = 2 * sm_count * most / std::max<int64_t>(1, work);
+  const int64_t work =
+      std::max<int64_t>(1, params.batch * (alike ? params.sets_count * most : all));
+  const int64_t one = sm_count * most / work, two = 2 * sm_count * most / work;
   // One block on a multiprocessor leaves half as much to merge as two, and is as quick up to a few
   // tiles (measured on H200), or up to many, or where nothing is left to merge, as long as the
   // blocks are about equal and on most multiprocessors (measured on H100).

@@ -110,8 +110,8 @@ def fewest_to_select_from(
     """
     pace = rate / H200_RATE
     launches = 1 if one_launch else REFINING_LAUNCHES if refines else LAUNCHES
-    lists = LIST_BYTES + int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
-    lists *= batch * heads
+    rows = int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
+    lists = batch * heads * (LIST_BYTES + rows)
     least = STAGES_BYTES * launches + lists + min(lists, FIRST_LISTS_BYTES)
 
     def fewest(least: int, ranked: int) -> int:

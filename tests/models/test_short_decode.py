@@ -38,10 +38,10 @@ def on_an_h200(monkeypatch):
     monkeypatch.setattr("rtpurbo.short_inputs.decode.memory_rate", lambda device: H200_RATE)
 
 
-def lists_bytes(lists, tokens, row=ROW):
+def lists_bytes(lists, tokens):
     """What lists cost beside the stages."""
-    bytes = lists * (LIST_BYTES + int(LISTED_COST * row * tokens))
-    return bytes + min(bytes, FIRST_LISTS_BYTES)
+    each = LIST_BYTES + int(LISTED_COST * ROW * tokens)
+    return lists * each + min(lists * each, FIRST_LISTS_BYTES)
 
 
 def test_few_far_keys_are_all_read():
