@@ -38,8 +38,9 @@ struct SelectPlan {
   int run_shift;  // log2 of the groups that follow each other in a warp
   int warp_groups;
   bool scores_in_shared;
-  bool sieves;   // of sparse_decode, where blocks score many keys
-  int64_t time;  // as far as it can be told before, in members that a block scores
+  bool sieves;        // of sparse_decode, where blocks score many keys
+  int shared_blocks;  // that scan a key head for all its heads; 0: teams scan for themselves
+  int64_t time;       // as far as it can be told before, in members that a block scores
   size_t shared_bytes;
   size_t workspace_bytes;  // does not grow with batch * heads * rows * keys
 };

@@ -7,6 +7,7 @@
 #include "csrc/cuda/decode/split_mma.cuh"
 #include "csrc/cuda/integers.h"
 #include "csrc/cuda/residency.h"
+#include "csrc/cuda/select/key_heads.h"
 #include "csrc/cuda/select/plan.h"
 #include "csrc/cuda/select/sieved_selector.cuh"
 #include "csrc/cuda/sparse_decode.h"
@@ -34,11 +35,17 @@ struct Sets {
   int16_t list_of_head[DecodeParams::kMaxHeads];  // -1: none
 };
 
+/// Whether a sieve holds back members, and whether heads that share index keys are scanned
+/// together.
+enum class Sifting { kNone, kAlone, kShared };
+
 /// kBlocks on a multiprocessor: one, whose few warps have many loads on their way each, is quicker
 /// through the stages; two are where there is much to score, with a sieve where there is most.
-template <typename T, int kDim, int kBlocks, bool kSieves = false>
+template <typename T, int kDim, int kBlocks, Sifting kSifting = Sifting::kNone>
 struct Shape {
-  using Stages = std::conditional_t<kSieves, SievedSelector<HalfScorerOf<1>>, Selector<HalfScorer>>;
+  static constexpr bool kSieves = kSifting != Sifting::kNone;
+  using Sieved = SievedSelector<HalfScorerOf<1>, kSifting == Sifting::kShared>;
+  using Stages = std::conditional_t<kSieves, Sieved, Selector<HalfScorer>>;
   using Listed = ListedAttention<T, kDim>;
   static constexpr int kStages = kDim * kBlocks <= 128 ? 2 : 1;
   static constexpr int kNearBytes = MmaTile<kDim, kSelectWarps, kStages>::kSharedBytes;
@@ -76,11 +83,12 @@ __device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t b
   return lse_of_octaves(sum.maximum, sum.sum);
 }
 
-template <typename T, int kDim, int kBlocks, bool kSieves>
+template <typename T, int kDim, int kBlocks, Sifting kSifting>
 __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     const __grid_constant__ SparseDecodeParams p, const __grid_constant__ Sets sets,
-    const __grid_constant__ Workspace w) {
-  using S = Shape<T, kDim, kBlocks, kSieves>;
+    const __grid_constant__ KeyHeads keys, const __grid_constant__ Workspace w) {
+  using S = Shape<T, kDim, kBlocks, kSifting>;
+  constexpr bool kSieves = S::kSieves;
   extern __shared__ __align__(128) char dynamic[];
   __shared__ typename S::Shared shared;
   const DecodeParams& d = p.decode;
@@ -126,15 +134,18 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
       }
     };
     if (!kSieves || !team.works) meet(first);
-    if (!team.works) break;
+    if (!team.works) {
+      if constexpr (kSieves) S::Stages::help(p.select, w.select, keys, shared.select, meet);
+      break;
+    }
     const DecodeSet& set = d.sets[sets.listed[row.head]];
     const int head = d.slot_heads[set.first_slot];
     const auto near_log_mass = [&] { return near_lse(d, w.near, row.batch, near_slot(d, head)); };
     Selection selection;
     if constexpr (kSieves) {
       selection = S::Stages::run(
-          p.select, w.select, team, row, members, shared.select,
-          [&](int scan) { meet(first && scan == 0); }, near_log_mass, dynamic);
+          p.select, w.select, keys, team, row, members, shared.select,
+          [&](bool whole_grid) { meet(first && whole_grid); }, near_log_mass, dynamic);
     } else {
       selection =
           S::Stages::choose(p.select, w.select, team, row, members, shared.select, near_log_mass);
@@ -213,11 +224,12 @@ bool wants_two_blocks(const SparseDecodeParams& p, int sm_count) {
 
 /// Calls fn(shape) for the element type, head dim and blocks; cudaErrorNotSupported for others.
 template <typename Fn>
-cudaError_t dispatch_shape(const DecodeParams& p, int blocks_of_sm, bool sieves, const Fn& fn) {
+cudaError_t dispatch_shape(const DecodeParams& p, int blocks_of_sm, Sifting sifting, const Fn& fn) {
   return dispatch_element(p.type, [&](auto element) {
     using T = decltype(element);
     const auto by_blocks = [&]<int kDim>(std::integral_constant<int, kDim>) {
-      if (sieves) return fn(Shape<T, kDim, 2, true>());
+      if (sifting == Sifting::kShared) return fn(Shape<T, kDim, 2, Sifting::kShared>());
+      if (sifting == Sifting::kAlone) return fn(Shape<T, kDim, 2, Sifting::kAlone>());
       return blocks_of_sm == 2 ? fn(Shape<T, kDim, 2>()) : fn(Shape<T, kDim, 1>());
     };
     if constexpr (sizeof(T) == 2) {
@@ -277,22 +289,25 @@ bool takes(const SparseDecodeParams& p) {
          rows_are_aligned(d.v_local, kSize);
 }
 
-template <typename T, int kDim, int kBlocks, bool kSieves>
+template <typename T, int kDim, int kBlocks, Sifting kSifting>
 cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
-  constexpr int kNearBytes = Shape<T, kDim, kBlocks, kSieves>::kNearBytes;
+  using S = Shape<T, kDim, kBlocks, kSifting>;
   Residency residency;
   if (const cudaError_t error = find_residency(
-          reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSieves>),
-          kSelectThreads, kBlocks, kNearBytes, residency)) {
+          reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSifting>),
+          kSelectThreads, kBlocks, S::kNearBytes, residency)) {
     return error;
   }
   plan.blocks_of_sm = kBlocks;
   plan.select =
-      plan_teams(p.select, residency.blocks, residency.shared_bytes, listed_members(p), kSieves);
-  plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, kNearBytes);
-  if (kSieves) {
+      plan_teams(p.select, residency.blocks, residency.shared_bytes, listed_members(p), S::kSieves);
+  plan.select.shared_bytes = std::max<size_t>(plan.select.shared_bytes, S::kNearBytes);
+  if (S::kSieves) {
     plan.select.scores_in_shared = false;
     plan.select.shared_bytes = residency.shared_bytes;
+  }
+  if (kSifting == Sifting::kShared) {
+    plan.select.shared_blocks = shared_scan_blocks(p.select, plan.select);
   }
   plan.near_splits = near_splits(p.decode, sort_sets(p.decode).near_count, residency.blocks);
   Workspace w;
@@ -300,29 +315,34 @@ cudaError_t plan_shape(const SparseDecodeParams& p, SparseDecodePlan& plan) {
   return cudaSuccess;
 }
 
+Sifting sifting_of(const SelectPlan& plan) {
+  return plan.shared_blocks > 0 ? Sifting::kShared : plan.sieves ? Sifting::kAlone : Sifting::kNone;
+}
+
 }  // namespace
 
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
                                SparseDecodePlan& plan) {
   if (!takes(params)) return cudaErrorNotSupported;
-  const auto plan_with = [&](int blocks, bool sieves) {
-    return dispatch_shape(
-        params.decode, blocks, sieves,
-        [&]<typename T, int kDim, int kBlocks, bool kSieves>(Shape<T, kDim, kBlocks, kSieves>) {
-          return plan_shape<T, kDim, kBlocks, kSieves>(params, plan);
-        });
+  const auto plan_with = [&](int blocks, Sifting sifting) {
+    return dispatch_shape(params.decode, blocks, sifting,
+                          [&]<typename T, int kDim, int kBlocks, Sifting kSifting>(
+                              Shape<T, kDim, kBlocks, kSifting>) {
+                            return plan_shape<T, kDim, kBlocks, kSifting>(params, plan);
+                          });
   };
   const int blocks = wants_two_blocks(params, sm_count) ? 2 : 1;
-  cudaError_t error = plan_with(blocks, false);
+  cudaError_t error = plan_with(blocks, Sifting::kNone);
   if (error == cudaSuccess && blocks == 2) {
     const SelectPlan sieving =
         plan_teams(params.select, plan.select.blocks, 0, listed_members(params), true);
     if (may_sift(params.select, sieving) && sieving.time < plan.select.time) {
-      error = plan_with(2, true);
+      const bool shares = shared_scan_blocks(params.select, sieving) > 0;
+      error = plan_with(2, shares ? Sifting::kShared : Sifting::kAlone);
     }
   }
   // Where shared memory is small, the other shape may still fit.
-  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, false);
+  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, Sifting::kNone);
   return error == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : error;
 }
 
@@ -333,12 +353,13 @@ cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseD
   Workspace w;
   lay_out(p, plan, static_cast<char*>(workspace), w);
   Sets sets = sort_sets(p.decode);
+  KeyHeads keys(p.select);
   return dispatch_shape(
-      p.decode, plan.blocks_of_sm, plan.select.sieves,
-      [&]<typename T, int kDim, int kBlocks, bool kSieves>(Shape<T, kDim, kBlocks, kSieves>) {
-        void* arguments[] = {&p, &sets, &w};
+      p.decode, plan.blocks_of_sm, sifting_of(plan.select),
+      [&]<typename T, int kDim, int kBlocks, Sifting kSifting>(Shape<T, kDim, kBlocks, kSifting>) {
+        void* arguments[] = {&p, &sets, &keys, &w};
         return cudaLaunchCooperativeKernel(
-            reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSieves>),
+            reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSifting>),
             dim3(plan.select.blocks), dim3(kSelectThreads), arguments, plan.select.shared_bytes,
             stream);
       });

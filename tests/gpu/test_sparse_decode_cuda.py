@@ -84,7 +84,7 @@ def draw(seed: int, dtype: torch.dtype) -> dict:
         offset=torch.randn(lists) if beyond else None,
         beyond_window=beyond,
         start=start,
-        **draw_index(rng, batch, lists, keys, 2 if team else lists),
+        **draw_index(rng, batch, lists, keys, rng.choice([2, 6, 11, 22]) if team else lists),
         **local,
     )
 
@@ -204,11 +204,13 @@ def test_keys_and_values_that_nothing_attends_to_are_never_read(seed, dtype, cud
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def long_step(batch, keys, bits, device, scores="flat"):
+def long_step(
+    batch, keys, bits, device, scores="flat", *, heads=(1, 9, 10, 17, 30), heads_of_key=1
+):
     """A step whose batch shares its keys, and the same through the three operators.
 
-    Sharp scores select few keys. Misleading ones do in a sample of keys that holds the first far
-    ones, but not in all.
+    So many neighbours among the heads share an index key. Sharp scores select few keys. Misleading
+    ones do in a sample of keys that holds the first far ones, but not in all.
     """
     torch.manual_seed(0)
     q = torch.randn(batch, 32, 1, 128, device=device, dtype=torch.bfloat16)
@@ -216,8 +218,9 @@ def long_step(batch, keys, bits, device, scores="flat"):
         torch.randn(1, 4, keys, 128, device=device, dtype=torch.bfloat16).expand(batch, -1, -1, -1)
         for _ in "kv"
     )
-    q_index = torch.randn(batch, 5, 1, 16, device=device, dtype=torch.float16)
-    k_index = torch.randn(1, 5, keys, 16, device=device, dtype=torch.float16)
+    index_map = [i // heads_of_key for i in range(len(heads))]
+    q_index = torch.randn(batch, len(heads), 1, 16, device=device, dtype=torch.float16)
+    k_index = torch.randn(1, index_map[-1] + 1, keys, 16, device=device, dtype=torch.float16)
     if scores == "sharp":
         q_index *= 4
     if scores == "misleading":
@@ -234,8 +237,8 @@ def long_step(batch, keys, bits, device, scores="flat"):
             "ranges": ranges.expand(batch, -1, -1, -1),
         }
     k_index = k_index.expand(batch, -1, -1, -1)
-    heads, owners, scale = [1, 9, 10, 17, 30], [0, 1, 1, 2, 3], 128**-0.5
-    index = q_index, k_index, [0, 1, 2, 3, 4], 0.9
+    owners, scale = [head // 8 for head in heads], 128**-0.5
+    index = q_index, k_index, index_map, 0.9
 
     def step():
         return ops.sparse_decode(q, k, v, heads, *index, 8192, 8192, 4, 64, scale, **more)
@@ -263,7 +266,36 @@ SIFTED = [(4, 1_000_003, scores) for scores in SCORES] + [(16, 1_000_000, "sharp
 )
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_long_step_is_what_its_parts_give(batch, keys, scores, bits, cuda_device):
-    step, parts = long_step(batch, keys, bits, cuda_device, scores)
+    assert_same_as_parts(*long_step(batch, keys, bits, cuda_device, scores))
+
+
+# Of 30 heads or 32, whose teams use a sieve from so many keys on. 270,337 far keys are whole runs
+# and one key more.
+SHARED = [
+    (2, "flat"),
+    (3, "sharp"),
+    (4, "misleading"),
+    (8, "flat"),
+    (8, "sharp"),
+    (8, "misleading"),
+]
+
+
+@pytest.mark.parametrize("keys", [270_337 + 4 + 8192, 300_001])
+@pytest.mark.parametrize(("heads_of_key", "scores"), SHARED)
+def test_heads_that_share_index_keys_select_as_each_alone(heads_of_key, scores, keys, cuda_device):
+    heads = range(32 // heads_of_key * heads_of_key)
+    more = dict(heads=list(heads), heads_of_key=heads_of_key)
+    assert_same_as_parts(*long_step(1, keys, 16, cuda_device, scores, **more))
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_heads_that_share_index_keys_give_the_same_bits_again(scores, cuda_device):
+    step, _ = long_step(2, 300_001, 16, cuda_device, scores, heads=list(range(16)), heads_of_key=4)
+    assert_repeats(step)
+
+
+def assert_same_as_parts(step, parts):
     out, lse, selected, counts, mass = step()
     want_out, want_lse, indices, want_counts, want_mass = parts()
     # near_lse and sparse_decode sum the near mass in another order: a member may change sides.
@@ -271,10 +303,10 @@ def test_a_long_step_is_what_its_parts_give(batch, keys, scores, bits, cuda_devi
     torch.testing.assert_close(mass, want_mass, atol=1e-4, rtol=0)
     torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=0)
     torch.testing.assert_close(out, want_out, atol=2e-2, rtol=2e-2)
-    for b in range(0, batch, 7):
+    for b in range(0, len(selected), 7):
         bits_of = unpacked(selected[b, :, 0], selected.shape[-1] * WORD_KEYS)
         assert torch.equal(bits_of.sum(-1), counts[b, :, 0].long())
-        for j in range(5):
+        for j in range(bits_of.shape[0]):
             listed = torch.zeros_like(bits_of[j])
             listed[indices[b, j, 0, : want_counts[b, j, 0]].long()] = 1
             assert (listed != bits_of[j]).sum() <= 4 + want_counts.max() // 5_000
@@ -289,26 +321,28 @@ def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, scores, bits, c
     assert_repeats(step)
 
 
-def test_a_nan_among_sifted_keys_selects_all_of_its_head(cuda_device):
+@pytest.mark.parametrize("heads_of_key", [1, 8])
+def test_a_nan_among_sifted_keys_selects_all_of_its_heads(heads_of_key, cuda_device):
     keys, heads = 300_000, 32
     torch.manual_seed(0)
     q, k = (torch.randn(1, heads, n, 64, device=cuda_device).bfloat16() for n in (1, keys))
     q_index = 4 * torch.randn(1, heads, 1, 16, device=cuda_device)
-    k_index = torch.randn(1, heads, keys, 16, device=cuda_device).half()
+    index_map = [head // heads_of_key for head in range(heads)]
+    k_index = torch.randn(1, heads // heads_of_key, keys, 16, device=cuda_device).half()
 
     def step():
         return ops.sparse_decode(
-            q, k, k, list(range(heads)), q_index, k_index, list(range(heads)), 0.9, 100, 100, 4, 64,
-            0.125,
-        )  # fmt: skip
+            q, k, k, list(range(heads)), q_index, k_index, index_map, 0.9, 100, 100, 4, 64, 0.125
+        )
 
     clean = step()
-    k_index[0, 7, 200_000, 3] = torch.nan
+    k_index[0, index_map[7], 200_000, 3] = torch.nan
     out, lse, selected, counts, mass = step()
-    assert counts[0, 7] == keys - 104 and mass[0, 7].isnan().all()
+    spoilt = [head for head in range(heads) if index_map[head] == index_map[7]]
+    assert (counts[0, spoilt] == keys - 104).all() and mass[0, spoilt].isnan().all()
     bits = unpacked(selected[0, 7, 0], selected.shape[-1] * WORD_KEYS)
     assert bits.sum() == keys - 104 and bits[4 : keys - 100].all()
-    others = [head for head in range(heads) if head != 7]
+    others = [head for head in range(heads) if head not in spoilt]
     for one, other in zip((out, lse, selected, counts, mass), clean, strict=True):
         assert torch.equal(one[:, others], other[:, others])
 

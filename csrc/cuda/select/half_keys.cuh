@@ -8,6 +8,16 @@
 
 namespace rtpurbo::cuda {
 
+/// q . k of one key of 16 halves.
+__device__ __forceinline__ float half_dot(const uint4* key, const float* query) {
+  const uint4 loaded[2] = {__ldg(&key[0]), __ldg(&key[1])};
+  const __half* values = reinterpret_cast<const __half*>(loaded);
+  float sum = 0.0f;
+#pragma unroll
+  for (int d = 0; d < 16; ++d) sum = fmaf(query[d], __half2float(values[d]), sum);
+  return sum;
+}
+
 /// Keys whose rows are aligned to 16 bytes.
 ///
 /// Two products m16n8k16 score 32 keys, of which a warp loads 16 at a time, whole lines of memory:
@@ -123,13 +133,7 @@ class HalfScorerOf {
   }
 
   static __device__ float dot(const char* keys, int stride, int n, const float* query) {
-    const uint4* halves = reinterpret_cast<const uint4*>(ptx::offset_by(keys, n, stride));
-    const uint4 loaded[2] = {__ldg(&halves[0]), __ldg(&halves[1])};
-    const __half* values = reinterpret_cast<const __half*>(loaded);
-    float sum = 0.0f;
-#pragma unroll
-    for (int d = 0; d < kDim; ++d) sum = fmaf(query[d], __half2float(values[d]), sum);
-    return sum;
+    return half_dot(reinterpret_cast<const uint4*>(ptx::offset_by(keys, n, stride)), query);
   }
 
   static __device__ __noinline__ GroupScores one_by_one(const char* keys, int stride,

@@ -76,9 +76,8 @@ class Members {
 
   /// Copies what is kept to shared memory, if `bytes` for the block are enough.
   __device__ void bring(char* shared, int bytes) {
-    const int of_warp = bytes / kSelectWarps / 16 * 4;  // scores and positions
-    if (2 * kept_in_all_ > of_warp) return;
-    float* to = reinterpret_cast<float*>(shared) + static_cast<int>(threadIdx.x) / 32 * of_warp;
+    float* to = room_in(shared, bytes);
+    if (!to) return;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) % 32 * 4; i < 2 * kept_in_all_; i += 128) {
       ptx::cp_async_16(&to[i], &scores_[i]);
@@ -88,6 +87,20 @@ class Members {
     __syncwarp();
     scores_ = to;
     in_global_ = false;
+  }
+
+  /// Makes room for `rows` of 32 members in the place of what was kept, in shared memory if `bytes`
+  /// for the block are enough.
+  __device__ void make_room(int rows, char* shared, int bytes) {
+    kept_in_all_ = rows * 32;
+    float* to = room_in(shared, bytes);
+    scores_ = to ? to : place_;
+    in_global_ = to == nullptr;
+  }
+  __device__ void put(int i, float score, int32_t position) {
+    float* own = &this->score(i);
+    own[0] = score;
+    own[kPositions] = __int_as_float(position);
   }
 
   /// Groups of this warp, and its members.
@@ -153,6 +166,13 @@ class Members {
 
  private:
   static constexpr int kPositions = 32;  // of sifted members, after as many scores
+
+  /// The warp's part of shared memory, or null if what it kept does not fit.
+  __device__ float* room_in(char* shared, int bytes) const {
+    const int of_warp = bytes / kSelectWarps / 16 * 4;  // scores and positions
+    if (2 * kept_in_all_ > of_warp) return nullptr;
+    return reinterpret_cast<float*>(shared) + static_cast<int>(threadIdx.x) / 32 * of_warp;
+  }
 
   const int stride_, shift_, run_shift_, own_, room_;
   const bool sifted_;

@@ -107,6 +107,7 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   w.team_size = plan.team_size;
   w.shared_bytes = static_cast<int32_t>(plan.shared_bytes);
   w.run_shift = plan.run_shift;
+  w.shared_blocks = plan.shared_blocks;
   w.warp_groups = plan.warp_groups;
   w.groups = divide_up(p.keys, kGroupKeys);
   w.chunks = divide_up(w.groups, kGroupKeys);
@@ -121,6 +122,10 @@ inline size_t lay_out(const SelectParams& p, const SelectPlan& plan, int64_t mas
   parts.take(w.scores, plan.sieves ? 2 * members : plan.scores_in_shared ? 0 : members);
   parts.take(w.selected, masks * w.groups);
   parts.take(w.chunk_counts, masks * w.chunks);
+  const int64_t shared_blocks = static_cast<int64_t>(plan.teams) * plan.shared_blocks;
+  parts.take(w.edges, plan.shared_blocks > 0 ? plan.teams : 0);
+  parts.take(w.list_counts, shared_blocks * kSelectWarps);
+  parts.take(w.shared_stats, shared_blocks);
   return parts.bytes;
 }
 

@@ -57,6 +57,11 @@ struct SelectWorkspace {
   float* scores;  // [teams * team_size, block_members], twice with a sieve; null: in shared memory
   uint64_t* selected;      // [teams, groups]: bit i of word j is key 64 j + i; select only
   uint32_t* chunk_counts;  // [teams, chunks], select only
+  // Of scans for all heads of a key head:
+  float2* edges;             // [teams]: the sieve's, and to which masses are relative
+  int32_t* list_counts;      // [teams, shared_blocks * kSelectWarps]
+  BlockStats* shared_stats;  // [teams, shared_blocks]
+  int32_t shared_blocks;     // that scan a key head together, 0 for none
   int32_t teams, team_size;
   int32_t run_shift;      // log2 of the groups that follow each other in a warp
   int32_t warp_groups;    // that a warp has room for

@@ -62,6 +62,11 @@ class Sieve {
   /// To which masses that are dropped are relative.
   __device__ float shift() const { return shift_; }
 
+  /// Edge and shift, for whom scans for several heads; infinite where the team scans for itself.
+  __device__ float2 published() const {
+    return make_float2(keeps_all() ? INFINITY : edge_, shift_);
+  }
+
  private:
   static constexpr double kOdds = 2.0, kFloor = 1.5;  // times those of the mass, times the floor
   static constexpr int kMore = 32;                    // members

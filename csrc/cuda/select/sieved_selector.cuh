@@ -1,25 +1,49 @@
 #pragma once
 // The stages of a selection with a sieve, one after the other, by one block of a team. After the
 // sample and the rest, all members are scanned once more in the rare case that the sieve held back
-// some that may be in.
+// some that may be in. Where heads share index keys, blocks of all teams scan the rest for them.
 
 #include "csrc/cuda/select/selector.cuh"
+#include "csrc/cuda/select/shared_lists.cuh"
+#include "csrc/cuda/select/shared_scan.cuh"
 #include "csrc/cuda/select/sieve.cuh"
 
 namespace rtpurbo::cuda {
 
-template <typename Scorer>
+/// kShares: with heads that share index keys.
+template <typename Scorer, bool kShares>
 class SievedSelector {
- public:
-  using Shared = typename Selector<Scorer>::Shared;
+  struct Nothing {};
 
-  /// `meet(scan)` is the team's barrier after each scan. `near_log_mass()`, of a real row, is
-  /// called by one warp. `dynamic` is shared memory for what is kept.
+ public:
+  struct Shared {
+    union {
+      typename Scan<Scorer>::Shared scan;
+      Weigh::Shared weigh;
+      FindBin::Shared find_bin;
+      Publish::Shared publish;
+      Finish::Shared finish;
+      std::conditional_t<kShares, SharedScan::Shared, Nothing> shared_scan;
+      std::conditional_t<kShares, SharedLists::Shared, Nothing> lists;
+    };
+    BlockStats stats;
+    float near;  // log-mass of the near keys
+  };
+
+  /// What a block of no team has to do, after the first barrier.
+  template <typename Meet>
+  static __device__ void help(const SelectParams& p, const SelectWorkspace& w, const KeyHeads& keys,
+                              Shared& shared, const Meet& meet) {
+    if constexpr (kShares) scan_together(p, w, keys, shared, meet);
+  }
+
+  /// `meet(whole_grid)` is a barrier. `near_log_mass()`, of a real row, is called by one warp.
+  /// `dynamic` is shared memory for what is kept.
   template <typename Meet, typename NearLogMass>
-  static __device__ Selection run(const SelectParams& p, const SelectWorkspace& w, Team& team,
-                                  const Row& row, Members& members, Shared& shared,
-                                  const Meet& meet, const NearLogMass& near_log_mass,
-                                  char* dynamic) {
+  static __device__ Selection run(const SelectParams& p, const SelectWorkspace& w,
+                                  const KeyHeads& keys, Team& team, const Row& row,
+                                  Members& members, Shared& shared, const Meet& meet,
+                                  const NearLogMass& near_log_mass, char* dynamic) {
     clear_histograms<kSiftedHistograms>(w, team);
     members.take(row.far_begin, row.far_end);
     members.keep_only(0);
@@ -31,13 +55,29 @@ class SievedSelector {
     // One loop, so that its code is fetched once.
 #pragma unroll 1
     for (int scan = 0;; ++scan) {
-      sift<Scorer>(p, row, part, sieve, Part::origin(team), members, shared.scan,
-                   w.stats[blockIdx.x]);
-      meet(scan);
       const bool sampling = scan == 0;
-      if (!sampling) members.bring(dynamic, w.shared_bytes);
+      bool given = false;
+      if constexpr (kShares) {
+        if (scan == 1) {
+          if (team.rank == 0 && threadIdx.x == 0) w.edges[team.number] = sieve.published();
+          scan_together(p, w, keys, shared, meet);
+          given = !sieve.keeps_all();
+        }
+        if (given) {
+          SharedLists::take(w, team, row, members, dynamic, shared.lists);
+          __syncthreads();
+        }
+      }
+      if (!given) {
+        sift<Scorer>(p, row, part, sieve, Part::origin(team), members, shared.scan,
+                     w.stats[blockIdx.x]);
+        meet(sampling);
+        if (!sampling) members.bring(dynamic, w.shared_bytes);
+      }
       if (threadIdx.x < 32) {
-        const BlockStats stats = merge_stats(w.stats + team.number * team.size, team.size, true);
+        const int blocks = given ? w.shared_blocks : team.size;
+        const BlockStats* parts = given ? w.shared_stats : w.stats;
+        const BlockStats stats = merge_stats(parts + team.number * blocks, blocks, true);
         if (threadIdx.x == 0) shared.stats = stats;
       } else if (threadIdx.x < 64 && sampling) {
         const float near = near_of_scores(p, row, near_log_mass);
@@ -89,6 +129,15 @@ class SievedSelector {
     }
     cut_bin(w, team, members, found.top, found.cut, shared);
     return found;
+  }
+
+ private:
+  template <typename Meet>
+  static __device__ void scan_together(const SelectParams& p, const SelectWorkspace& w,
+                                       const KeyHeads& keys, Shared& shared, const Meet& meet) {
+    meet(true);
+    SharedScan::run(p, w, keys, shared.shared_scan);
+    meet(true);
   }
 };
 
