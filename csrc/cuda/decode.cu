@@ -26,8 +26,13 @@ size_t stats_bytes(const DecodeParams& p) {
 }
 
 constexpr int kWarps = 4;
+/// A warp takes as long for the weights of a tile whatever the length of its rows: short ones come
+/// in larger tiles.
+constexpr int tile_keys(int64_t dim) { return dim == 64 ? 32 : kProductKeys; }
 template <int kDim>
 constexpr int kStages = kDim <= 128 ? 3 : 2;
+template <int kDim>
+using Tile = MmaTile<kDim, kWarps, kStages<kDim>, tile_keys(kDim)>;
 
 /// Whether a block's shared memory fits the current device.
 template <int kDim>
@@ -37,14 +42,14 @@ bool tile_fits() {
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
              cudaSuccess &&
-         MmaTile<kDim, kWarps, kStages<kDim>>::kSharedBytes <= most;
+         Tile<kDim>::kSharedBytes <= most;
 }
 
 template <typename T, int kDim>
 cudaError_t launch_mma(const DecodeParams& p, const Partials& partials, dim3 grid,
                        cudaStream_t stream) {
-  constexpr int kBytes = MmaTile<kDim, kWarps, kStages<kDim>>::kSharedBytes;
-  const auto kernel = decode_mma_kernel<T, kDim, kWarps, kStages<kDim>>;
+  constexpr int kBytes = Tile<kDim>::kSharedBytes;
+  const auto kernel = decode_mma_kernel<T, kDim, kWarps, kStages<kDim>, tile_keys(kDim)>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)) {
     return error;
@@ -83,7 +88,7 @@ bool shares_loads(const DecodeParams& p) {
 }
 
 int decode_splits(const DecodeParams& params, int sm_count) {
-  constexpr int64_t kTile = kTileKeys * kWarps;
+  const int64_t tile = tile_keys(params.dim) * kWarps;
   int64_t most = 0, all = 0;
   bool listed = false;
   for (int i = 0; i < params.sets_count; ++i) {
@@ -93,7 +98,7 @@ int decode_splits(const DecodeParams& params, int sm_count) {
     listed |= params.sets[i].keys == DecodeKeys::kListed;
   }
   const auto mostly = [](int64_t part, int64_t whole) { return 10 * part >= 7 * whole; };
-  const int64_t tiles = divide_up(most, kTile);
+  const int64_t tiles = divide_up(most, tile);
   // So many parts that all of them have a multiprocessor, rounded down: one block too many would
   // double the time. Where some sets are much shorter, whose parts end early, the longest sets'
   // parts take as much of the machine as their share of the keys. Lists may be of any length, so
@@ -104,10 +109,11 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   const int64_t one = sm_count * most / work, two = 2 * sm_count * most / work;
   // One block on a multiprocessor leaves half as much to merge as two, and is as quick up to a few
   // tiles (measured on H200), or up to many, or where nothing is left to merge, as long as the
-  // blocks are about equal and on most multiprocessors (measured on H100).
+  // blocks are about equal and on most multiprocessors (measured on H100), and rows are long: four
+  // warps are too few for many short ones (measured on H200).
   constexpr int64_t kFewTilesOfTwo = 4, kManyTilesOfOne = 64;
-  const bool equal = alike && params.slots_count == params.heads && !params.start_ptr &&
-                     mostly(one * params.batch * all, sm_count * most);
+  const bool equal = alike && params.dim > 64 && params.slots_count == params.heads &&
+                     !params.start_ptr && mostly(one * params.batch * all, sm_count * most);
   const bool suffices =
       tiles < kFewTilesOfTwo * two || (equal && (one == 1 || tiles <= kManyTilesOfOne * one));
   const int64_t wanted = suffices && shares_loads(params) ? one : two;

@@ -257,7 +257,7 @@ Sets sort_sets(const DecodeParams& p) {
 }
 
 int near_splits(const DecodeParams& p, int near_sets, int blocks) {
-  constexpr int64_t kTile = kTileKeys * kSelectWarps;
+  constexpr int64_t kTile = kProductKeys * kSelectWarps;
   const int64_t window = std::max(p.window, p.near_window) + p.sinks;
   const int64_t most = std::min(std::max(window, p.slots), p.length);
   const int64_t wanted = blocks / std::max<int64_t>(1, p.batch * near_sets);

@@ -367,7 +367,7 @@ def test_drawn_sizes_take_a_sieve_where_they_should(seed, cuda_device):
     with cuda_device:
         arguments = draw(seed, torch.bfloat16)
         kernels = kernels_of(lambda: ops.sparse_decode(**arguments))
-    sieves = ["true>" in name for name in kernels if "sparse_decode_kernel" in name]
+    sieves = ["Sifting)0" not in name for name in kernels if "sparse_decode_kernel" in name]
     assert sieves == [sifting_team(seed) > 0]
 
 

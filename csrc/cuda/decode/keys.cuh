@@ -7,11 +7,12 @@
 
 namespace rtpurbo::cuda {
 
-/// Keys that the tensor cores work on at a time.
-constexpr int kTileKeys = 16;
+/// Keys of one product of the tensor cores, and most of a warp's tile.
+constexpr int kProductKeys = 16;
+constexpr int kMostTileKeys = 32;
 
-__device__ __forceinline__ int64_t round_up_to_tile(int64_t keys) {
-  return (keys + kTileKeys - 1) / kTileKeys * kTileKeys;
+__device__ __forceinline__ int64_t round_up_to_tiles(int64_t keys) {
+  return (keys + kMostTileKeys - 1) / kMostTileKeys * kMostTileKeys;
 }
 
 /// Partial results: slot s of split i of batch b stands at (b * splits + i) * slots_count + s.
@@ -44,7 +45,7 @@ class SetKeys {
       if (set.keys == DecodeKeys::kVisible) {
         far_begin_ = sinks_end;
         far_end_ = window_begin;
-        far_ = round_up_to_tile(window_begin - sinks_end);
+        far_ = round_up_to_tiles(window_begin - sinks_end);
       }
       gap_ = start;
       sinks_ = far_ + sinks_end - start;

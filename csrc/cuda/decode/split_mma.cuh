@@ -1,6 +1,6 @@
 #pragma once
-// One split of one set on the tensor cores: 16 keys are the rows of a tile, the set's heads its 8
-// columns. Each warp works on its own tiles of keys, which cp.async brings row by row, so warps
+// One split of one set on the tensor cores: 16 keys are the rows of a product, the set's heads its
+// 8 columns. Each warp works on its own tiles of keys, which cp.async brings row by row, so warps
 // meet only at the end.
 
 #include "csrc/cuda/decode/keys.cuh"
@@ -15,11 +15,12 @@
 
 namespace rtpurbo::cuda {
 
-/// kStages: tiles of a warp that shared memory holds.
-template <int kDim, int kWarps, int kStages>
+/// kStages: tiles of a warp that shared memory holds, of kKeys each.
+template <int kDim, int kWarps, int kStages, int kKeys = kProductKeys>
 struct MmaTile {
+  static constexpr int kProducts = kKeys / kProductKeys;
   static constexpr int kRowChunks = kDim / 8;  // of 16 bytes
-  static constexpr int kTileBytes = kTileKeys * kDim * 2;
+  static constexpr int kTileBytes = kKeys * kDim * 2;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
   static constexpr int kQueryBytes = DecodeSet::kMaxHeads * kDim * 2;
   static constexpr int kWarpBytes = kStages * kStageBytes;
@@ -34,14 +35,14 @@ struct MmaTile {
 };
 
 /// By all 32 kWarps threads of a block, with kSharedBytes of shared memory.
-template <typename T, int kDim, int kWarps, int kStages, bool kAllKinds>
+template <typename T, int kDim, int kWarps, int kStages, bool kAllKinds, int kKeys = kProductKeys>
 __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
                              const Partials& partials, char* shared) {
-  using Tile = MmaTile<kDim, kWarps, kStages>;
+  using Tile = MmaTile<kDim, kWarps, kStages, kKeys>;
   constexpr int kSteps = kDim / 16;  // of the mma's depth, or of pairs of its columns
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const SetKeys<kAllKinds> keys(p, set, batch);
-  const Range range = split_range(keys.total(), split, p.splits, kTileKeys * kWarps);
+  const Range range = split_range(keys.total(), split, p.splits, kKeys * kWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
   const T* k = head_rows<const T>(k_view, batch, set.kv_head);
@@ -57,22 +58,22 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   }
 
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
-  const int64_t first = range.begin + warp * kTileKeys;
-  constexpr int64_t kStride = kWarps * kTileKeys;
+  const int64_t first = range.begin + warp * kKeys;
+  constexpr int64_t kStride = kWarps * kKeys;
   const int64_t tiles = first < range.end ? (range.end - first + kStride - 1) / kStride : 0;
   // Eight lanes share 128 bytes of a row, so that an instruction fetches four rows.
   constexpr int kLanesOfRow = 8;
   constexpr int kRowsAtOnce = 32 / kLanesOfRow;
-  // Row of this lane's key of a tile (lanes 16 and up repeat), -1 for none.
+  // Row of this lane's key of a tile (lanes beyond repeat), -1 for none.
   const auto key_row = [&](int64_t tile) {
-    const int64_t j = first + tile * kStride + lane % kTileKeys;
+    const int64_t j = first + tile * kStride + lane % kKeys;
     return tile < tiles && j < range.end ? keys.row(j) : static_cast<int64_t>(-1);
   };
   const auto load = [&](int64_t tile, int64_t own_row) {
     if (tile < tiles) {
       char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
 #pragma unroll
-      for (int first_row = 0; first_row < kTileKeys; first_row += kRowsAtOnce) {
+      for (int first_row = 0; first_row < kKeys; first_row += kRowsAtOnce) {
         const int row = first_row + lane / kLanesOfRow;
         const int64_t n = __shfl_sync(0xffffffffu, own_row, row);
         const int64_t safe = n < 0 ? 0 : n;
@@ -134,27 +135,33 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     if constexpr (kStages > 1) load(tile + kAhead, coming);
     char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
 
-    float score[4] = {};  // keys lane / 4 and + 8 of two heads each
+    float score[Tile::kProducts][4] = {};  // keys lane / 4 and + 8 of two heads each
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[4];
-      ptx::ldmatrix_x4(a, Tile::chunk(stage, lane % 16, 2 * step + lane / 16));
-      ptx::mma_m16n8k16<T>(score, a, query[step][0], query[step][1]);
+#pragma unroll
+      for (int part = 0; part < Tile::kProducts; ++part) {
+        uint32_t a[4];
+        const int row = part * kProductKeys + lane % 16;
+        ptx::ldmatrix_x4(a, Tile::chunk(stage, row, 2 * step + lane / 16));
+        ptx::mma_m16n8k16<T>(score[part], a, query[step][0], query[step][1]);
+      }
     }
-    const uint32_t seen = __ballot_sync(0xffffffffu, key_row(tile) >= 0);
-    const bool in[2] = {(seen >> (lane / 4) & 1) != 0, (seen >> (8 + lane / 4) & 1) != 0};
+    const uint32_t seen = __ballot_sync(0xffffffffu, key_row(tile) >= 0) >> (lane / 4);
     if (far && first + tile * kStride >= keys.far()) {
       far = false;
       clear_near_only();
     }
-    float weight[2][2];  // [key][head]
     float shrink[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const bool hidden = far && near_only[h];
-      const float first = in[0] && !hidden ? score[h] * scale : -INFINITY;
-      const float second = in[1] && !hidden ? score[2 + h] * scale : -INFINITY;
-      float largest = fmaxf(first, second);
+      float largest = -INFINITY;
+#pragma unroll
+      for (int key = 0; key < 2 * Tile::kProducts; ++key) {
+        float& own = score[key / 2][key % 2 * 2 + h];
+        own = (seen >> key * 8 & 1) != 0 && !hidden ? own * scale : -INFINITY;
+        largest = fmaxf(largest, own);
+      }
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
@@ -163,9 +170,13 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       const float base = softmax_shift(new_top);
       shrink[h] = fast_exp2(top[h] - base);
       top[h] = new_top;
-      weight[0][h] = fast_exp2(first - base);
-      weight[1][h] = fast_exp2(second - base);
-      total[h] = total[h] * shrink[h] + weight[0][h] + weight[1][h];
+      total[h] *= shrink[h];
+#pragma unroll
+      for (int key = 0; key < 2 * Tile::kProducts; ++key) {
+        float& own = score[key / 2][key % 2 * 2 + h];
+        own = fast_exp2(own - base);
+        total[h] += own;
+      }
     }
     if (shrink[0] != 1.0f || shrink[1] != 1.0f) {
 #pragma unroll
@@ -176,15 +187,19 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
         out[i][3] *= shrink[1];
       }
     }
-    const uint32_t low = ptx::transpose_8x8(ptx::pack_pair<T>(weight[0][0], weight[0][1]));
-    const uint32_t high = ptx::transpose_8x8(ptx::pack_pair<T>(weight[1][0], weight[1][1]));
     char* values = stage + Tile::kTileBytes;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[4];
-      ptx::ldmatrix_x4_trans(
-          a, Tile::chunk(values, lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-      ptx::mma_m16n8k16<T>(out[step], a, low, high);
+    for (int part = 0; part < Tile::kProducts; ++part) {
+      const float(&weight)[4] = score[part];
+      const uint32_t low = ptx::transpose_8x8(ptx::pack_pair<T>(weight[0], weight[1]));
+      const uint32_t high = ptx::transpose_8x8(ptx::pack_pair<T>(weight[2], weight[3]));
+      const int row = part * kProductKeys + lane / 16 * 8 + lane % 8;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[4];
+        ptx::ldmatrix_x4_trans(a, Tile::chunk(values, row, 2 * step + lane / 8 % 2));
+        ptx::mma_m16n8k16<T>(out[step], a, low, high);
+      }
     }
     __syncwarp();
     if constexpr (kStages == 1) load(tile + kAhead, coming);
@@ -255,14 +270,14 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   }
 }
 
-template <typename T, int kDim, int kWarps, int kStages>
+template <typename T, int kDim, int kWarps, int kStages, int kKeys>
 __global__ __launch_bounds__(32 *
                              kWarps) void decode_mma_kernel(const __grid_constant__ DecodeParams p,
                                                             Partials partials) {
   extern __shared__ __align__(128) char shared[];
   ptx::let_next_kernel_begin();
-  attend_split<T, kDim, kWarps, kStages, true>(p, p.sets[blockIdx.y], blockIdx.z,
-                                               static_cast<int>(blockIdx.x), partials, shared);
+  attend_split<T, kDim, kWarps, kStages, true, kKeys>(
+      p, p.sets[blockIdx.y], blockIdx.z, static_cast<int>(blockIdx.x), partials, shared);
 }
 
 }  // namespace rtpurbo::cuda
