@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdlib>
 
 #include "csrc/cuda/alignment.h"
 #include "csrc/cuda/decode.h"
@@ -77,9 +78,17 @@ cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 
 
 }  // namespace
 
+bool has_short_rows(const DecodeParams& p) {
+  constexpr int64_t kMostKeys = 1 << 30, kMostElements = 1 << 29;
+  for (const HeadsView* view : {&p.k, &p.v, &p.k_local, &p.v_local}) {
+    if (std::abs(view->row_stride) > kMostElements) return false;
+  }
+  return p.length <= kMostKeys && p.slots <= kMostKeys && p.capacity * p.block_size <= kMostKeys;
+}
+
 bool shares_loads(const DecodeParams& p) {
   constexpr int64_t kSize = 2;
-  if (p.type == ElementType::kFloat32) return false;
+  if (p.type == ElementType::kFloat32 || !has_short_rows(p)) return false;
   for (const HeadsView& view : {p.q, p.k, p.v, p.k_local, p.v_local}) {
     if (!rows_are_aligned(view, kSize)) return false;
   }

@@ -52,6 +52,9 @@ struct DecodeParams {
   __host__ __device__ bool has_whole_heads() const { return splits == 1 && slots_count == heads; }
 };
 
+/// Whether positions of keys and the bytes from row to row fit 32 bits.
+bool has_short_rows(const DecodeParams& params);
+
 /// Whether the heads of a set share their loads: on the tensor cores of the current device.
 bool shares_loads(const DecodeParams& params);
 

@@ -166,9 +166,9 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
     for (int begin = 0; begin < list.total(); begin += BlockList::kAtOnce) {
       const int count = list.gather(begin);
       attention.add(k, d.k.row_stride, v, d.v.row_stride, count << shift, [&](int j) {
-        const int64_t member = shared.listed.list.members[j >> shift];
+        const int member = shared.listed.list.members[j >> shift];
         if (kSieves) return member;  // a far key
-        const int64_t n = (member << shift) + (j & (block_size - 1));
+        const int n = (member << shift) + (j & (block_size - 1));
         return n >= row.far_begin && n < row.far_end ? n : -1;
       });
     }
@@ -286,7 +286,7 @@ bool takes(const SparseDecodeParams& p) {
   return d.type != ElementType::kFloat32 && p.select.k_type == ElementType::kFloat16 &&
          keys_are_wide(p.select) && rows_are_aligned(d.q, kSize) && rows_are_aligned(d.k, kSize) &&
          rows_are_aligned(d.v, kSize) && rows_are_aligned(d.k_local, kSize) &&
-         rows_are_aligned(d.v_local, kSize);
+         rows_are_aligned(d.v_local, kSize) && has_short_rows(d);
 }
 
 template <typename T, int kDim, int kBlocks, Sifting kSifting>

@@ -4,6 +4,7 @@
 // meet only at the end.
 
 #include "csrc/cuda/decode/keys.cuh"
+#include "csrc/cuda/decode/mma_tile.cuh"
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/head_rows.cuh"
 #include "csrc/cuda/ptx/cp_async.cuh"
@@ -15,25 +16,6 @@
 
 namespace rtpurbo::cuda {
 
-/// kStages: tiles of a warp that shared memory holds, of kKeys each.
-template <int kDim, int kWarps, int kStages, int kKeys = kProductKeys>
-struct MmaTile {
-  static constexpr int kProducts = kKeys / kProductKeys;
-  static constexpr int kRowChunks = kDim / 8;  // of 16 bytes
-  static constexpr int kTileBytes = kKeys * kDim * 2;
-  static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
-  static constexpr int kQueryBytes = DecodeSet::kMaxHeads * kDim * 2;
-  static constexpr int kWarpBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kQueryBytes + kWarps * kWarpBytes;
-  static constexpr int kSumStride = kDim + 4;  // writes are free of bank conflicts
-  static_assert(kWarpBytes >= DecodeSet::kMaxHeads * kSumStride * 4, "holds the sums at the end");
-
-  /// Address of 16-byte chunk c of a row; the swizzle keeps ldmatrix free of bank conflicts.
-  __device__ static char* chunk(char* tile, int row, int c) {
-    return tile + (row * kRowChunks + (c ^ (row & 7))) * 16;
-  }
-};
-
 /// By all 32 kWarps threads of a block, with kSharedBytes of shared memory.
 template <typename T, int kDim, int kWarps, int kStages, bool kAllKinds, int kKeys = kProductKeys>
 __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_t batch, int split,
@@ -41,8 +23,8 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   using Tile = MmaTile<kDim, kWarps, kStages, kKeys>;
   constexpr int kSteps = kDim / 16;  // of the mma's depth, or of pairs of its columns
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const SetKeys<kAllKinds> keys(p, set, batch);
-  const Range range = split_range(keys.total(), split, p.splits, kKeys * kWarps);
+  const SetKeys<int, kAllKinds> keys(p, set, batch);
+  const Range<int> range = split_range(keys.total(), split, p.splits, kKeys * kWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
   const T* k = head_rows<const T>(k_view, batch, set.kv_head);
@@ -54,45 +36,28 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     const bool used = row < set.heads_count;
     const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
     const T* q = head_rows<const T>(p.q, batch, head) + c * 8;
-    ptx::cp_async_16(Tile::chunk(queries, row, c), q, used);
+    ptx::cp_async_16(queries + Tile::chunk(row, c), q, used);
   }
 
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
-  const int64_t first = range.begin + warp * kKeys;
-  constexpr int64_t kStride = kWarps * kKeys;
-  const int64_t tiles = first < range.end ? (range.end - first + kStride - 1) / kStride : 0;
-  // Eight lanes share 128 bytes of a row, so that an instruction fetches four rows.
-  constexpr int kLanesOfRow = 8;
-  constexpr int kRowsAtOnce = 32 / kLanesOfRow;
-  // Row of this lane's key of a tile (lanes beyond repeat), -1 for none.
-  const auto key_row = [&](int64_t tile) {
-    const int64_t j = first + tile * kStride + lane % kKeys;
-    return tile < tiles && j < range.end ? keys.row(j) : static_cast<int64_t>(-1);
+  const RowCopies<T, Tile> copies(k, k_view.row_stride, v, v_view.row_stride);
+  constexpr int kStride = kWarps * kKeys;
+  const int first = range.begin + warp * kKeys;
+  // Row of this lane's key of the tile that begins at a position (lanes beyond repeat), -1 for
+  // none.
+  const auto key_row = [&](int position) {
+    const int j = position + lane % kKeys;
+    return j < range.end ? keys.row(j) : -1;
   };
-  const auto load = [&](int64_t tile, int64_t own_row) {
-    if (tile < tiles) {
-      char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
-#pragma unroll
-      for (int first_row = 0; first_row < kKeys; first_row += kRowsAtOnce) {
-        const int row = first_row + lane / kLanesOfRow;
-        const int64_t n = __shfl_sync(0xffffffffu, own_row, row);
-        const int64_t safe = n < 0 ? 0 : n;
-        const T* k_row = k + safe * k_view.row_stride + lane % kLanesOfRow * 8;
-        const T* v_row = v + safe * v_view.row_stride + lane % kLanesOfRow * 8;
-#pragma unroll
-        for (int c = 0; c < Tile::kRowChunks; c += kLanesOfRow) {
-          char* to = Tile::chunk(stage, row, c + lane % kLanesOfRow);
-          ptx::cp_async_16(to, k_row + c * 8, n >= 0);
-          ptx::cp_async_16(to + Tile::kTileBytes, v_row + c * 8, n >= 0);
-        }
-      }
-    }
-    ptx::cp_async_commit();
-  };
-
   constexpr int kAhead = kStages > 1 ? kStages - 1 : 1;  // tiles on their way
+  uint32_t seen[kAhead + 1];  // whether the lanes' keys of these tiles, and of the current one, are
 #pragma unroll
-  for (int s = 0; s < kAhead; ++s) load(s, key_row(s));
+  for (int s = 0; s < kAhead; ++s) {
+    const int position = first + s * kStride, row = key_row(position);
+    seen[s] = __ballot_sync(0xffffffffu, row >= 0);
+    if (position < range.end) copies.begin(stages + s * Tile::kStageBytes, row);
+    ptx::cp_async_commit();
+  }
   ptx::cp_async_wait<kAhead - 1>();
   __syncthreads();       // the queries, which came with the first tile
   float out[kSteps][4];  // rows: 16 dimensions each, columns: heads
@@ -106,7 +71,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
 #pragma unroll
   for (int step = 0; step < kSteps; step += 2) {
     uint32_t loaded[4];
-    ptx::ldmatrix_x4(loaded, Tile::chunk(queries, lane % 8, 2 * step + lane / 8));
+    ptx::ldmatrix_x4(loaded, queries + Tile::chunk(lane % 8, 2 * step + lane / 8));
     query[step][0] = loaded[0];
     query[step][1] = loaded[1];
     query[step + 1][0] = loaded[2];
@@ -126,14 +91,24 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     }
   };
   bool far = kAllKinds && set.near_heads > 0;  // so far only those
-  int64_t next_row = key_row(kAhead);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t coming = next_row;
-    next_row = key_row(tile + kAhead + 1);
+  // Of the lane's first chunks in a tile, of keys and of values.
+  const int key_chunk = Tile::chunk(lane % 16, lane / 16);
+  const int value_chunk = Tile::kTileBytes + Tile::chunk(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  int next_row = key_row(first + kAhead * kStride);
+  char* stage = stages;
+  char* free_stage = stages + (kStages - 1) * Tile::kStageBytes;  // of the tile before
+#pragma unroll 1
+  for (int position = first; position < range.end; position += kStride) {
+    const int coming = position + kAhead * kStride, row = next_row;
+    next_row = key_row(coming + kStride);
+    seen[kAhead] = __ballot_sync(0xffffffffu, row >= 0);
     ptx::cp_async_wait<kAhead - 1>();
     __syncwarp();
-    if constexpr (kStages > 1) load(tile + kAhead, coming);
-    char* stage = stages + static_cast<int>(tile % kStages) * Tile::kStageBytes;
+    const auto load = [&] {
+      if (coming < range.end) copies.begin(free_stage, row);
+      ptx::cp_async_commit();
+    };
+    if constexpr (kStages > 1) load();
 
     float score[Tile::kProducts][4] = {};  // keys lane / 4 and + 8 of two heads each
 #pragma unroll
@@ -141,13 +116,15 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
 #pragma unroll
       for (int part = 0; part < Tile::kProducts; ++part) {
         uint32_t a[4];
-        const int row = part * kProductKeys + lane % 16;
-        ptx::ldmatrix_x4(a, Tile::chunk(stage, row, 2 * step + lane / 16));
+        ptx::ldmatrix_x4(
+            a, stage + part * kProductKeys * Tile::kRowBytes + Tile::step(key_chunk, step));
         ptx::mma_m16n8k16<T>(score[part], a, query[step][0], query[step][1]);
       }
     }
-    const uint32_t seen = __ballot_sync(0xffffffffu, key_row(tile) >= 0) >> (lane / 4);
-    if (far && first + tile * kStride >= keys.far()) {
+    const uint32_t own_seen = seen[0] >> (lane / 4);
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) seen[s] = seen[s + 1];
+    if (far && position >= keys.far()) {
       far = false;
       clear_near_only();
     }
@@ -159,7 +136,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
 #pragma unroll
       for (int key = 0; key < 2 * Tile::kProducts; ++key) {
         float& own = score[key / 2][key % 2 * 2 + h];
-        own = (seen >> key * 8 & 1) != 0 && !hidden ? own * scale : -INFINITY;
+        own = (own_seen >> key * 8 & 1) != 0 && !hidden ? own * scale : -INFINITY;
         largest = fmaxf(largest, own);
       }
 #pragma unroll
@@ -187,22 +164,24 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
         out[i][3] *= shrink[1];
       }
     }
-    char* values = stage + Tile::kTileBytes;
 #pragma unroll
     for (int part = 0; part < Tile::kProducts; ++part) {
       const float(&weight)[4] = score[part];
       const uint32_t low = ptx::transpose_8x8(ptx::pack_pair<T>(weight[0], weight[1]));
       const uint32_t high = ptx::transpose_8x8(ptx::pack_pair<T>(weight[2], weight[3]));
-      const int row = part * kProductKeys + lane / 16 * 8 + lane % 8;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
-        ptx::ldmatrix_x4_trans(a, Tile::chunk(values, row, 2 * step + lane / 8 % 2));
+        ptx::ldmatrix_x4_trans(
+            a, stage + part * kProductKeys * Tile::kRowBytes + Tile::step(value_chunk, step));
         ptx::mma_m16n8k16<T>(out[step], a, low, high);
       }
     }
     __syncwarp();
-    if constexpr (kStages == 1) load(tile + kAhead, coming);
+    if constexpr (kStages == 1) load();
+    free_stage = stage;
+    stage =
+        stage + Tile::kStageBytes == stages + Tile::kWarpBytes ? stages : stage + Tile::kStageBytes;
   }
   if (far) clear_near_only();
   ptx::cp_async_wait<0>();

@@ -25,8 +25,8 @@ __global__ __launch_bounds__(32 * kSimtWarps) void decode_simt_kernel(
   const int64_t batch = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int dim = static_cast<int>(p.dim);
-  const SetKeys<true> keys(p, set, batch);
-  const Range range = split_range(keys.total(), split, p.splits, kSimtWarps);
+  const SetKeys<int64_t, true> keys(p, set, batch);
+  const Range<int64_t> range = split_range(keys.total(), split, p.splits, kSimtWarps);
   const HeadsView& k_view = set.from_local ? p.k_local : p.k;
   const HeadsView& v_view = set.from_local ? p.v_local : p.v;
   const T* k = head_rows<const T>(k_view, batch, set.kv_head);

@@ -10,9 +10,14 @@ namespace rtpurbo::cuda::ptx {
 /// Starts copying 16 bytes to shared memory past L1; both addresses must be multiples of 16.
 /// Without `valid` it reads nothing and writes zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred ignores;\n"
+      "setp.eq.b32 ignores, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignores;\n"
+      "}\n" ::"r"(shared_address(shared)),
+      "l"(global), "r"(static_cast<int>(valid))
+      : "memory");
 }
 
 /// Closes a group of the copies that this thread started since the last one.
