@@ -41,6 +41,7 @@ LISTS, LISTS_UP_TO = (0.05, 0.12, 0.3), 131_072
 LONGEST_LISTS = (0.05, 0.12)
 """Of 1M keys."""
 FLEX_UP_TO = 131_072
+"""Its masks list pairs of blocks: 32 heads have 2^31 of 1M keys, sorted as 64-bit numbers."""
 
 LAYER_GOALS = {
     32768: 2.83, 65536: 4.25, 131_072: 5.92, 262_144: 7.47, 524_288: 8.62, 1 << 20: 9.36,

@@ -215,6 +215,23 @@ def test_keys_beyond_2_to_the_31_elements(cuda_device):
 
 
 @pytest.mark.usefixtures("memory_is_given_back")
+@pytest.mark.parametrize("elements", [2**29, 2**29 + 8])
+def test_rows_as_far_apart_as_32_bits_hold_and_further(elements, cuda_device):
+    needs_memory(5)
+    keys, one = 5, dict(device=cuda_device, dtype=torch.bfloat16)
+    held = torch.empty((keys - 1) * elements + 64, **one)
+    k = held.as_strided((1, 1, keys, 64), (0, 0, elements, 1))
+    k.copy_(torch.randn(1, 1, keys, 64, **one))
+    q, v = torch.randn(1, 2, 1, 64, **one), torch.randn(1, 1, keys, 64, **one)
+    for got, want in zip(
+        ops.decode(q, k, v, [], 3, 3, 1, 0.125),
+        ops.decode(q, k.contiguous(), v, [], 3, 3, 1, 0.125),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.usefixtures("memory_is_given_back")
 @pytest.mark.parametrize("listed", [False, True])
 def test_outputs_beyond_2_to_the_31_elements(listed, cuda_device):
     """Of more sequences than a grid holds, of one key each; a head with a list has two parts."""

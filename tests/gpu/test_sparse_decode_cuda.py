@@ -223,6 +223,8 @@ def long_step(
     k_index = torch.randn(1, index_map[-1] + 1, keys, 16, device=device, dtype=torch.float16)
     if scores == "sharp":
         q_index *= 4
+    if scores == "equal":
+        k_index[:] = 0.5
     if scores == "misleading":
         q_index[..., 0] = 4
         k_index[:, :, 100] = 0
@@ -273,6 +275,7 @@ def test_a_long_step_is_what_its_parts_give(batch, keys, scores, bits, cuda_devi
 # and one key more.
 SHARED = [
     (2, "flat"),
+    (2, "equal"),
     (3, "sharp"),
     (4, "misleading"),
     (8, "flat"),
