@@ -79,7 +79,8 @@ cudaError_t launch_splits(const DecodeParams& p, const Partials& partials, dim3 
 }  // namespace
 
 bool has_short_rows(const DecodeParams& p) {
-  constexpr int64_t kMostKeys = 1 << 30, kMostElements = 1 << 29;
+  constexpr int64_t kMostKeys = 1 << 30;            // with room for tiles ahead
+  constexpr int64_t kMostElements = (1 << 30) - 1;  // of two bytes
   for (const HeadsView* view : {&p.k, &p.v, &p.k_local, &p.v_local}) {
     if (std::abs(view->row_stride) > kMostElements) return false;
   }

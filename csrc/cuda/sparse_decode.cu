@@ -338,7 +338,10 @@ cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
         plan_teams(params.select, plan.select.blocks, 0, listed_members(params), true);
     if (may_sift(params.select, sieving) && sieving.time < plan.select.time) {
       const bool shares = shared_scan_blocks(params.select, sieving) > 0;
-      error = plan_with(2, shares ? Sifting::kShared : Sifting::kAlone);
+      if (shares) error = plan_with(2, Sifting::kShared);
+      if (!shares || sifting_of(plan.select) != Sifting::kShared) {
+        error = plan_with(2, Sifting::kAlone);
+      }
     }
   }
   // Where shared memory is small, the other shape may still fit.

@@ -214,18 +214,38 @@ def test_keys_beyond_2_to_the_31_elements(cuda_device):
     assert out[0, 0, 0, 0] == 100 and lse[0, 0, 0] == 100
 
 
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_entries_outside_the_keys_add_none(block_size, cuda_device):
+    q, k, v = (torch.randn(1, 2, n, 64, device=cuda_device).half() for n in (1, 999, 999))
+    outside = [-1, -(2**31), 999 // block_size + 1, 2**31 - 1]
+    if block_size > 1:
+        outside += [2**32 // block_size // 2 + 3, 2**32 // block_size + 3]  # 3 in 31 bits and in 32
+    entries = torch.tensor([2, *outside, 3], device=cuda_device).clamp(max=2**31 - 1).int()
+    few = torch.tensor([2, 3], device=cuda_device, dtype=torch.int32)
+    got, want = (
+        ops.decode(
+            q, k, v, [1], 100, 100, 1, 0.125, indices=one.view(1, 1, 1, -1),
+            counts=torch.full((1, 1, 1), len(one), device=cuda_device, dtype=torch.int32),
+            block_size=block_size,
+        )
+        for one in (entries, few)
+    )  # fmt: skip
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.usefixtures("memory_is_given_back")
-@pytest.mark.parametrize("elements", [2**29, 2**29 + 8])
+@pytest.mark.parametrize("elements", [2**30 - 8, 2**30])
 def test_rows_as_far_apart_as_32_bits_hold_and_further(elements, cuda_device):
     needs_memory(5)
-    keys, one = 5, dict(device=cuda_device, dtype=torch.bfloat16)
+    keys, one = 3, dict(device=cuda_device, dtype=torch.bfloat16)
     held = torch.empty((keys - 1) * elements + 64, **one)
     k = held.as_strided((1, 1, keys, 64), (0, 0, elements, 1))
     k.copy_(torch.randn(1, 1, keys, 64, **one))
     q, v = torch.randn(1, 2, 1, 64, **one), torch.randn(1, 1, keys, 64, **one)
     for got, want in zip(
-        ops.decode(q, k, v, [], 3, 3, 1, 0.125),
-        ops.decode(q, k.contiguous(), v, [], 3, 3, 1, 0.125),
+        ops.decode(q, k, v, [], 2, 2, 0, 0.125),
+        ops.decode(q, k.contiguous(), v, [], 2, 2, 0, 0.125),
         strict=True,
     ):
         torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)

@@ -224,7 +224,7 @@ def long_step(
     if scores == "sharp":
         q_index *= 4
     if scores == "equal":
-        k_index[:] = 0.5
+        k_index[:] = k_index[:, :, :1].clone()
     if scores == "misleading":
         q_index[..., 0] = 4
         k_index[:, :, 100] = 0
@@ -281,6 +281,7 @@ SHARED = [
     (8, "flat"),
     (8, "sharp"),
     (8, "misleading"),
+    (16, "sharp"),
 ]
 
 
@@ -289,7 +290,15 @@ SHARED = [
 def test_heads_that_share_index_keys_select_as_each_alone(heads_of_key, scores, keys, cuda_device):
     heads = range(32 // heads_of_key * heads_of_key)
     more = dict(heads=list(heads), heads_of_key=heads_of_key)
-    assert_same_as_parts(*long_step(1, keys, 16, cuda_device, scores, **more))
+    step, parts = long_step(1, keys, 16, cuda_device, scores, **more)
+    assert_same_as_parts(step, parts)
+    if scores == "equal":
+        _, _, selected, counts, _ = step()
+        bits = unpacked(selected[0, :, 0], selected.shape[-1] * WORD_KEYS)
+        for own, count in zip(bits, counts[0, :, 0].tolist(), strict=True):
+            assert own[4 : 4 + count].all()
+    if torch.cuda.get_device_properties(cuda_device).multi_processor_count == 132:
+        assert any("Sifting)2" in name for name in kernels_of(step))
 
 
 @pytest.mark.parametrize("scores", SCORES)

@@ -72,11 +72,12 @@ class SetKeys {
   /// Row of position j < total, or -1: of a listed block's key that is not far, or padding.
   __device__ Position row(Position j) const {
     if (kAllKinds && list_) {
-      const Position n =
+      // In 64 bits: an entry may be anything.
+      const int64_t n =
           block_size_ == 1
               ? list_[j]
-              : static_cast<Position>(list_[j / block_size_]) * block_size_ + j % block_size_;
-      return n >= far_begin_ && n < far_end_ ? n : -1;
+              : static_cast<int64_t>(list_[j / block_size_]) * block_size_ + j % block_size_;
+      return n >= far_begin_ && n < far_end_ ? static_cast<Position>(n) : -1;
     }
     if (kAllKinds && j < far_) return far_begin_ + j < far_end_ ? far_begin_ + j : -1;
     return gap_ + j - (kAllKinds ? far_ : 0) + (j >= sinks_ ? jump_ : 0);

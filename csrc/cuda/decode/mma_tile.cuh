@@ -25,8 +25,8 @@ struct MmaTile {
   __device__ static int chunk(int row, int c) { return row * kRowBytes + (c ^ (row & 7)) * 16; }
 
   /// Where chunk c + 2 step of a row is, given where its chunk c < 2 is.
-  __device__ static int step(int chunk, int step) {
-    return (chunk ^ step % 4 * 32) + step / 4 * 128;
+  __device__ static int step_on(int place, int step) {
+    return (place ^ step % 4 * 32) + step / 4 * 128;
   }
 };
 

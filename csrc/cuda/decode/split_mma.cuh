@@ -117,7 +117,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       for (int part = 0; part < Tile::kProducts; ++part) {
         uint32_t a[4];
         ptx::ldmatrix_x4(
-            a, stage + part * kProductKeys * Tile::kRowBytes + Tile::step(key_chunk, step));
+            a, stage + part * kProductKeys * Tile::kRowBytes + Tile::step_on(key_chunk, step));
         ptx::mma_m16n8k16<T>(score[part], a, query[step][0], query[step][1]);
       }
     }
@@ -173,7 +173,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
       for (int step = 0; step < kSteps; ++step) {
         uint32_t a[4];
         ptx::ldmatrix_x4_trans(
-            a, stage + part * kProductKeys * Tile::kRowBytes + Tile::step(value_chunk, step));
+            a, stage + part * kProductKeys * Tile::kRowBytes + Tile::step_on(value_chunk, step));
         ptx::mma_m16n8k16<T>(out[step], a, low, high);
       }
     }

@@ -4,27 +4,29 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "csrc/cuda/decode.h"
 #include "csrc/cuda/select.h"
 #include "csrc/cuda/select/problem.cuh"
 
 namespace rtpurbo::cuda {
 
-/// The heads of key head i are heads[first[i], first[i + 1]).
+/// Groups of heads that read one key head: those of group i are heads[first[i], first[i + 1]).
 struct KeyHeads {
-  static constexpr int kMaxHeads = 256;
+  static constexpr int kMaxHeads = DecodeParams::kMaxHeads;
   static constexpr int kMostOfOne = 8;  // columns of a product m16n8k16
   int16_t count = 0;
   int16_t first[kMaxHeads + 1];
   int16_t heads[kMaxHeads];
 
   explicit KeyHeads(const SelectParams& p) {
-    const int heads_count = static_cast<int>(std::min<int64_t>(p.heads, kMaxHeads));
+    const int heads_count = static_cast<int>(p.heads);
     for (int i = 0; i < heads_count; ++i) heads[i] = static_cast<int16_t>(i);
     const auto key_of = [&](int head) { return p.index_map.heads[head]; };
     std::stable_sort(heads, heads + heads_count,
                      [&](int a, int b) { return key_of(a) < key_of(b); });
     for (int i = 0; i < heads_count; ++i) {
-      if (i == 0 || key_of(heads[i]) != key_of(heads[i - 1])) {
+      if (i == 0 || key_of(heads[i]) != key_of(heads[i - 1]) ||
+          i - first[count - 1] == kMostOfOne) {
         first[count++] = static_cast<int16_t>(i);
       }
     }
@@ -35,14 +37,12 @@ struct KeyHeads {
 /// Warps that may scan a key head together: so many lists a team takes over.
 constexpr int kMostLists = 2560;
 
-/// How many blocks scan a key head together for all its heads; 0 where each team scans for itself.
-/// To share pays where the keys of all heads are many times those of all key heads.
+/// How many blocks scan a key head together for a group of its heads; 0 where each team scans for
+/// itself. To share pays where the keys of all heads are many times those of all groups.
 inline int shared_scan_blocks(const SelectParams& p, const SelectPlan& plan) {
-  if (p.heads > KeyHeads::kMaxHeads || p.coded > 0 || plan.teams != p.batch * p.heads) return 0;
+  if (p.coded > 0 || plan.teams != p.batch * p.heads) return 0;
   const KeyHeads keys(p);
-  int most = 0;
-  for (int i = 0; i < keys.count; ++i) most = std::max(most, keys.first[i + 1] - keys.first[i]);
-  if (most > KeyHeads::kMostOfOne || p.heads < 2 * keys.count) return 0;
+  if (p.heads < 2 * keys.count) return 0;
   const auto blocks = static_cast<int>(plan.blocks / (p.batch * keys.count));
   return std::min(blocks, kMostLists / kSelectWarps);
 }

@@ -11,21 +11,23 @@ struct SharedRuns {
   static constexpr int kKeys = kGroupKeys << kLongRun;
 
   int begin, end;  // far keys
-  int warps, runs;
+  int warps;
+  int of_each, rest;  // runs of a warp; so many warps have one more
 
   __device__ SharedRuns(const Row& row, int blocks)
       : begin(static_cast<int>(row.far_begin)),
         end(static_cast<int>(row.far_end)),
-        warps(blocks * kSelectWarps),
-        runs((end - begin + kKeys - 1) / kKeys) {}
+        warps(blocks * kSelectWarps) {
+    const int runs = (end - begin + kKeys - 1) / kKeys;
+    of_each = runs / warps;
+    rest = runs % warps;
+  }
 
-  __device__ int runs_of(int warp) const { return runs / warps + (warp < runs % warps); }
+  __device__ int runs_of(int warp) const { return of_each + (warp < rest); }
   __device__ int first_key(int warp, int run) const { return begin + (run * warps + warp) * kKeys; }
 
   /// Where the list of a warp begins.
-  __device__ int list(int warp) const {
-    return (warp * (runs / warps) + min(warp, runs % warps)) * kKeys;
-  }
+  __device__ int list(int warp) const { return (warp * of_each + min(warp, rest)) * kKeys; }
 };
 
 /// Where the lists of a problem are: in the place of its team for members of the cut bin, which are

@@ -2,6 +2,8 @@
 // The main scan where heads share index keys: each key is loaded once, and scored for all its heads
 // by one product of the tensor cores. What a head's sieve keeps goes to lists of that head.
 
+#include "csrc/cuda/ptx/mad_wide.cuh"
+#include "csrc/cuda/ptx/mma.cuh"
 #include "csrc/cuda/select/half_keys.cuh"
 #include "csrc/cuda/select/key_heads.h"
 #include "csrc/cuda/select/shared_runs.cuh"
@@ -65,14 +67,14 @@ class SharedScan {
       for (int i = 0; i < kTiles; ++i) {
         const Tile now = tiles[i];
         tiles[i] = source.tile(next, i);  // a step ahead; the last one loads its own again
-        sift.template add<false>(now, key + i * kTileKeys, runs.end);
+        sift.template add<false>(now, key + i * kTileKeys, runs.end, source);
       }
     }
     if (!whole) {
       const int first = runs.first_key(own_warp, own_runs - 1) + lane / 4;
 #pragma unroll 1
       for (int n = first; n - lane / 4 < runs.end; n += kTileKeys) {
-        sift.template add<true>(source.tile_before(n, runs.end), n, runs.end);
+        sift.template add<true>(source.tile_before(n, runs.end), n, runs.end, source);
       }
     }
     if (__any_sync(0xffffffffu, sift.poisoned())) {
@@ -82,9 +84,8 @@ class SharedScan {
       for (int run = 0; run < own_runs; ++run) {
         const int first = runs.first_key(own_warp, run) + lane / 4;
 #pragma unroll 1
-        for (int n = first; n < first + SharedRuns::kKeys; n += 8) {
-          const uint4* key = source.whole(min(n, runs.end - 1));
-          sift.add_key(key, n, n < runs.end);
+        for (int n = first; n < first + SharedRuns::kKeys; n += kTileKeys) {
+          sift.template add<true, true>(source.tile_before(n, runs.end), n, runs.end, source);
         }
       }
     }
@@ -102,7 +103,6 @@ class SharedScan {
       }
       w.shared_stats[static_cast<int64_t>(problem_of(head)) * w.shared_blocks + rank] = all;
     }
-    __syncthreads();
   }
 
  private:
@@ -157,9 +157,9 @@ class SharedScan {
     __device__ Sift(const SelectWorkspace& w, int list, int heads_count,
                     const ProblemOf& problem_of, const Shared& shared)
         : queries_(shared.query[lane() % 4 * 2]) {
-      constexpr int kTopExponent = 12;  // the largest value has this one, or one more
+      constexpr int kTopExponent = 13;  // of the largest value, then
       const float* query = shared.query[lane() / 4];
-      const int exponent = exponent_of<kDim>(query) - kTopExponent;
+      const int exponent = exponent_of<kDim>(query) + 1 - kTopExponent;
       const float scale = ldexpf(1.0f, -exponent), unscale = ldexpf(1.0f, exponent);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -199,32 +199,27 @@ class SharedScan {
     /// Whether a score is not finite, but for -inf.
     __device__ bool poisoned() const { return poisoned_ != 0; }
 
-    /// Keys of which the lane's first is `key`, up to `end` if some may be beyond it. Masses first,
-    /// so that their latencies overlap.
-    template <bool kEnds>
-    __device__ __forceinline__ void add(const Tile& keys, int key, int end) {
+    /// Keys of which the lane's first is `key`; up to `end` with kEnds, and with care with
+    /// kRepairs. Masses first, so that their latencies overlap.
+    template <bool kEnds, bool kRepairs = false>
+    __device__ __forceinline__ void add(const Tile& keys, int key, int end, const Keys& source) {
       const uint2 &a = keys.dims[0], &b = keys.dims[1];
       float scores[4] = {}, masses[4];
       ptx::mma_m16n8k16<__half>(scores, {a.x, b.x, a.y, b.y}, upper_[0], upper_[1]);
       ptx::mma_m16n8k16<__half>(scores, {a.x, b.x, a.y, b.y}, lower_[0], lower_[1]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (kEnds && key + i / 2 * (kTileKeys / 2) >= end) scores[i] = -INFINITY;
+        const int n = key + i / 2 * (kTileKeys / 2);
+        if (kEnds && n >= end) {
+          scores[i] = -INFINITY;
+        } else if (kRepairs && !(fabsf(scores[i]) < INFINITY)) {
+          scores[i] = half_dot(source.whole(n), queries_ + i % 2 * kDim) * scale_[i % 2];
+        }
         masses[i] = mass(i % 2, scores[i]);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         keep(i % 2, scores[i], masses[i], key + i / 2 * (kTileKeys / 2));
-      }
-    }
-
-    /// A key that is read by the lanes of each pair of heads.
-    __device__ __forceinline__ void add_key(const uint4* key, int n, bool is_far) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float score = is_far ? half_dot(key, queries_ + h * kDim) : -INFINITY;
-        const float scaled = score * scale_[h];
-        keep(h, scaled, mass(h, scaled), n);
       }
     }
 

@@ -3,6 +3,8 @@
 // sample and the rest, all members are scanned once more in the rare case that the sieve held back
 // some that may be in. Where heads share index keys, blocks of all teams scan the rest for them.
 
+#include <type_traits>
+
 #include "csrc/cuda/select/selector.cuh"
 #include "csrc/cuda/select/shared_lists.cuh"
 #include "csrc/cuda/select/shared_scan.cuh"
