@@ -356,7 +356,7 @@ cudaError_t launch_sparse_decode(const SparseDecodeParams& params, const SparseD
   Workspace w;
   lay_out(p, plan, static_cast<char*>(workspace), w);
   Sets sets = sort_sets(p.decode);
-  KeyHeads keys(p.select);
+  KeyHeads keys = plan.select.shared_blocks > 0 ? KeyHeads(p.select) : KeyHeads();
   return dispatch_shape(
       p.decode, plan.blocks_of_sm, sifting_of(plan.select),
       [&]<typename T, int kDim, int kBlocks, Sifting kSifting>(Shape<T, kDim, kBlocks, kSifting>) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "csrc/cuda/decode.h"
 #include "csrc/cuda/select.h"
@@ -18,12 +19,13 @@ struct KeyHeads {
   int16_t first[kMaxHeads + 1];
   int16_t heads[kMaxHeads];
 
+  KeyHeads() = default;
   explicit KeyHeads(const SelectParams& p) {
     const int heads_count = static_cast<int>(p.heads);
     for (int i = 0; i < heads_count; ++i) heads[i] = static_cast<int16_t>(i);
     const auto key_of = [&](int head) { return p.index_map.heads[head]; };
-    std::stable_sort(heads, heads + heads_count,
-                     [&](int a, int b) { return key_of(a) < key_of(b); });
+    std::sort(heads, heads + heads_count,
+              [&](int a, int b) { return std::pair(key_of(a), a) < std::pair(key_of(b), b); });
     for (int i = 0; i < heads_count; ++i) {
       if (i == 0 || key_of(heads[i]) != key_of(heads[i - 1]) ||
           i - first[count - 1] == kMostOfOne) {

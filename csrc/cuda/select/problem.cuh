@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/element.cuh"
 #include "csrc/cuda/select.h"
 #include "csrc/cuda/select/ordered_key.cuh"
 #include "csrc/cuda/softmax.cuh"
@@ -147,6 +148,14 @@ __device__ __forceinline__ Row row_of(const SelectParams& p, int64_t problem) {
     r.far_end = max(r.far_begin, r.position - p.window + 1);
   }
   return r;
+}
+
+/// Dimension d of a row's query, with the scale of the scores.
+__device__ __forceinline__ float scaled_query(const SelectParams& p, const Row& row, int d) {
+  const int64_t offset = row.batch * p.q_index.batch_stride + row.head * p.q_index.head_stride +
+                         row.row * p.q_index.row_stride;
+  const float scale = rsqrtf(static_cast<float>(p.dim));
+  return scale * load_as_float(p.q_type, p.q_index.ptr, offset + d);
 }
 
 }  // namespace rtpurbo::cuda

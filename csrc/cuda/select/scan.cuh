@@ -125,14 +125,10 @@ class Scan {
     put_stats(found.scores, found.near, p.near_is_scored, shared, stats);
   }
 
-  /// The row's query, with the scale of the scores.
   static __device__ __forceinline__ void load_query(const SelectParams& p, const Row& row,
                                                     Shared& shared) {
-    const int64_t q_offset = row.batch * p.q_index.batch_stride + row.head * p.q_index.head_stride +
-                             row.row * p.q_index.row_stride;
-    const float scale = rsqrtf(static_cast<float>(p.dim));
     for (int d = threadIdx.x; d < p.dim; d += kSelectThreads) {
-      shared.query[d] = scale * load_as_float(p.q_type, p.q_index.ptr, q_offset + d);
+      shared.query[d] = scaled_query(p, row, d);
     }
     __syncthreads();
   }

@@ -17,24 +17,28 @@ __device__ __forceinline__ float near_of_scores(const SelectParams& p, const Row
   return p.offset_ptr ? near - p.offset_ptr[row.head] : near;
 }
 
+/// Shared memory of the stages, which follow each other, of which More are a selector's own.
+template <typename Scorer, typename More>
+struct SelectorShared {
+  union {
+    typename Scan<Scorer>::Shared scan;
+    Weigh::Shared weigh;
+    FindBin::Shared find_bin;
+    Publish::Shared publish;
+    Finish::Shared finish;
+    More more;
+  };
+  BlockStats stats;
+  float near;  // log-mass of the near keys
+};
+
 /// With kRefine the choice is made again, among twice its members, with their scores by k_index.
 template <typename Scorer, bool kRefine = false>
 class Selector {
   static constexpr int kHistograms = kRefine ? 2 : 1;
 
  public:
-  struct Shared {
-    union {
-      typename Scan<Scorer>::Shared scan;
-      Weigh::Shared weigh;
-      FindBin::Shared find_bin;
-      Publish::Shared publish;
-      Finish::Shared finish;
-      typename ScoreAgain<Scorer>::Shared again;
-    };
-    BlockStats stats;
-    float near;  // log-mass of the near keys
-  };
+  using Shared = SelectorShared<Scorer, typename ScoreAgain<Scorer>::Shared>;
 
   /// The first half: this block's scores and statistics. A barrier of the team must follow.
   static __device__ void scan(const SelectParams& p, const SelectWorkspace& w, const Team& team,
@@ -108,7 +112,7 @@ class Selector {
           bin_mass += w.teams * kBins;
           bin_count += w.teams * kBins;
           __syncthreads();
-          ScoreAgain<Scorer>::run(p, row, members, found, shared.again, w.stats[blockIdx.x]);
+          ScoreAgain<Scorer>::run(p, row, members, found, shared.more, w.stats[blockIdx.x]);
           team.sync();
         }
       }

@@ -23,7 +23,7 @@ class SharedScan {
  public:
   struct Shared {
     float query[kHeads][kDim];
-    BlockStats of_warp[kSelectWarps][kHeads];
+    BlockStats of_head[kHeads][kSelectWarps];
   };
 
   /// By all threads of each block of the grid, between two barriers of it.
@@ -37,8 +37,8 @@ class SharedScan {
     const int heads_count = keys.first[number + 1] - keys.first[number];
     const int first_problem = batch * static_cast<int>(p.heads);
     const Row row = row_of(p, first_problem + heads[0]);
-    load_queries(p, batch, heads, heads_count, shared);
     const auto problem_of = [&](int head) { return first_problem + heads[head]; };
+    load_queries(p, heads_count, problem_of, shared);
 
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const SharedRuns runs(row, w.shared_blocks);
@@ -89,19 +89,13 @@ class SharedScan {
         }
       }
     }
-    sift.put(w, own_warp, heads_count, problem_of, shared.of_warp[warp]);
+    sift.put(w, own_warp, heads_count, problem_of, shared);
     __syncthreads();
-    if (const auto head = static_cast<int>(threadIdx.x); head < heads_count) {
-      BlockStats all = shared.of_warp[0][head];
-#pragma unroll 1
-      for (int i = 1; i < kSelectWarps; ++i) {
-        const BlockStats& part = shared.of_warp[i][head];
-        all.top_key = max(all.top_key, part.top_key);
-        all.poisoned |= part.poisoned;
-        all.candidates += part.candidates;
-        all.rest_sum += part.rest_sum;
-      }
-      w.shared_stats[static_cast<int64_t>(problem_of(head)) * w.shared_blocks + rank] = all;
+    static_assert(kHeads <= kSelectWarps);
+    if (warp >= heads_count) return;
+    const BlockStats all = merge_stats(shared.of_head[warp], kSelectWarps, true);
+    if (lane == 0) {
+      w.shared_stats[static_cast<int64_t>(problem_of(warp)) * w.shared_blocks + rank] = all;
     }
   }
 
@@ -226,7 +220,7 @@ class SharedScan {
     /// Counts of the lists, and statistics of the warp.
     template <typename ProblemOf>
     __device__ void put(const SelectWorkspace& w, int warp, int heads_count,
-                        const ProblemOf& problem_of, BlockStats (&of_heads)[kHeads]) {
+                        const ProblemOf& problem_of, Shared& shared) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         uint32_t poisoned = poisoned_ >> h & 1;
@@ -239,7 +233,8 @@ class SharedScan {
         const int head = lane() % 4 * 2 + h;
         if (lane() < 4 && head < heads_count) {
           const uint32_t top_key = top_[h] == -INFINITY ? 0 : ordered_key(top_[h] * unscale_[h]);
-          of_heads[head] = {top_key, poisoned, kept_[h], shift_[h], dropped_[h]};
+          shared.of_head[head][threadIdx.x / 32] = {top_key, poisoned, kept_[h], shift_[h],
+                                                    dropped_[h]};
           const int64_t lists = int64_t{w.shared_blocks} * kSelectWarps;
           w.list_counts[problem_of(head) * lists + warp] = kept_[h];
         }
@@ -277,20 +272,15 @@ class SharedScan {
     uint32_t poisoned_;  // bit h
   };
 
-  /// The heads' queries with the scale of the scores, zeros for heads that are not there.
-  static __device__ void load_queries(const SelectParams& p, int batch, const int16_t* heads,
-                                      int heads_count, Shared& shared) {
-    const float scale = rsqrtf(static_cast<float>(kDim));
+  /// The heads' queries, zeros for heads that are not there.
+  template <typename ProblemOf>
+  static __device__ void load_queries(const SelectParams& p, int heads_count,
+                                      const ProblemOf& problem_of, Shared& shared) {
     if (threadIdx.x < kHeads * kDim) {
       const int head = static_cast<int>(threadIdx.x) / kDim;
       const int dim = static_cast<int>(threadIdx.x) % kDim;
-      float value = 0.0f;
-      if (head < heads_count) {
-        value = scale * load_as_float(p.q_type, p.q_index.ptr,
-                                      batch * p.q_index.batch_stride +
-                                          heads[head] * p.q_index.head_stride + dim);
-      }
-      shared.query[head][dim] = value;
+      shared.query[head][dim] =
+          head < heads_count ? scaled_query(p, row_of(p, problem_of(head)), dim) : 0.0f;
     }
     __syncthreads();
   }

@@ -16,21 +16,13 @@ namespace rtpurbo::cuda {
 template <typename Scorer, bool kShares>
 class SievedSelector {
   struct Nothing {};
+  union Together {
+    SharedScan::Shared scan;
+    SharedLists::Shared lists;
+  };
 
  public:
-  struct Shared {
-    union {
-      typename Scan<Scorer>::Shared scan;
-      Weigh::Shared weigh;
-      FindBin::Shared find_bin;
-      Publish::Shared publish;
-      Finish::Shared finish;
-      std::conditional_t<kShares, SharedScan::Shared, Nothing> shared_scan;
-      std::conditional_t<kShares, SharedLists::Shared, Nothing> lists;
-    };
-    BlockStats stats;
-    float near;  // log-mass of the near keys
-  };
+  using Shared = SelectorShared<Scorer, std::conditional_t<kShares, Together, Nothing>>;
 
   /// What a block of no team has to do, after the first barrier.
   template <typename Meet>
@@ -66,7 +58,7 @@ class SievedSelector {
           given = !sieve.keeps_all();
         }
         if (given) {
-          SharedLists::take(w, team, row, members, dynamic, shared.lists);
+          SharedLists::take(w, team, row, members, dynamic, shared.more.lists);
           __syncthreads();
         }
       }
@@ -138,7 +130,7 @@ class SievedSelector {
   static __device__ void scan_together(const SelectParams& p, const SelectWorkspace& w,
                                        const KeyHeads& keys, Shared& shared, const Meet& meet) {
     meet(true);
-    SharedScan::run(p, w, keys, shared.shared_scan);
+    SharedScan::run(p, w, keys, shared.more.scan);
     meet(true);
   }
 };
