@@ -25,9 +25,9 @@ USUAL_TOKENS = 1024
 """Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
 LIST_BYTES, LISTED_COST = 7 << 16, 1.2
 """What each list costs, and its rows, over that to read as many one after the other."""
-FIRST_LISTS_BYTES = 1 << 25
+FIRST_LISTS_BYTES = 1 << 24
 """Up to these, lists cost twice as much: there are too few to keep the memory busy."""
-SCORE_BYTES = 32
+SCORE_BYTES = 28
 """What ranking one score of a retrieval head costs, its index key aside."""
 REFINED_SCORE_BYTES = 74
 """The same where what it selects is scored again."""

@@ -173,12 +173,12 @@ def test_a_slower_memory_has_a_layer_select_earlier(monkeypatch):
 
 
 def test_a_sieve_is_for_many_scores():
-    for heads, keys in ((28, SIFTED_SCORES // 28), (32, None)):
+    for heads, keys in ((30, SIFTED_SCORES // 30), (32, None)):
         least = fewest_to_select_from(1, heads, 4 * ROW, heads * 32, ROW, 0, sifts=True)
         spared = 4 * ROW - heads * (32 + SIFTED_SCORE_BYTES)
         saved = (STAGES_BYTES + SIFTING_BYTES + lists_bytes(heads, USUAL_TOKENS)) // spared
         assert least == keys > saved if keys else least == saved + 1 > SIFTED_SCORES // heads
-    assert fewest_to_select_from(32, 32, 6 * ROW, 32 * 32, ROW, 0, sifts=True) == 1 << 15
+    assert fewest_to_select_from(64, 32, 5 * ROW, 32 * 32, ROW, 0, sifts=True) == 1 << 15
     assert fewest_to_select_from(0, 32, 4 * ROW, 32 * 32, ROW, 0, sifts=True) > 1 << 40
 
 

@@ -127,10 +127,10 @@ __device__ __forceinline__ PartRun run_of_slot(const DecodeParams& p, const Part
   return {partials.sums + first * p.dim, partials.stats + first, p.slots_count, p.splits};
 }
 
-/// Whether warps merge alone: where there are many heads' columns, of few parts each.
+/// Whether warps merge alone: of few parts each, or where there are many heads' columns.
 __device__ __host__ inline bool merges_alone(int64_t items, int blocks, int64_t parts) {
-  constexpr int kFewParts = 32;
-  return items > 2 * blocks && parts <= kFewParts;
+  constexpr int kFewParts = 8, kMostParts = 32;
+  return parts <= (items > 2 * blocks ? kMostParts : kFewParts);
 }
 
 /// Of the warps that merge alone, or of the blocks.
