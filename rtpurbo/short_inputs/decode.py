@@ -23,7 +23,7 @@ LAUNCHES, REFINING_LAUNCHES = 3, 6
 """How often STAGES_BYTES of `near_lse`, `select` and `decode` apart; with `refine`."""
 USUAL_TOKENS = 1024
 """Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
-LIST_BYTES, LISTED_COST = 7 << 16, 1.2
+LIST_BYTES, LISTED_COST = 7 << 16, 1.3
 """What each list costs, and its rows, over that to read as many one after the other."""
 FIRST_LISTS_BYTES = 1 << 24
 """Up to these, lists cost twice as much: there are too few to keep the memory busy."""
