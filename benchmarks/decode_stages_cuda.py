@@ -41,6 +41,9 @@ GOALS = {
     ("select", 16, 131_072): 10.5e-6,
     ("gather", 16, 131_072): 9e-6,
     ("gather", 16, 1_048_576): 9e-6,
+    ("step", 16, 131_072): 30e-6,
+    ("step", 16, 1_048_576): 70e-6,
+    ("step", 4, 1_048_576): 40e-6,
 }
 """Seconds, by stage, bits and keys; that of `select` is the scan's and 3 us for top-p."""
 ROTATED = 1 << 27
