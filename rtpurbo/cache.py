@@ -38,6 +38,8 @@ class HeadwiseLayer(CacheLayerMixin):
         index_codes, index_ranges, index_tail: with fewer bits, what `ops.quantize_index` made of
             the first `layout.coded` tokens, and without refine the others [B, Rk, tail capacity, r]
             float16.
+        fallbacks: int64 [], tiles of sparse prefill that ran dense for want of room since the first
+            token; None before a pass has selected.
     """
 
     is_sliding = False
@@ -61,6 +63,7 @@ class HeadwiseLayer(CacheLayerMixin):
         self.token = token
         self.start: Tensor | None = None
         self.tensors: dict[str, Tensor] = {}
+        self.fallbacks: Tensor | None = None
         self._expected = False
 
     def __getattr__(self, name: str) -> Tensor:
@@ -175,6 +178,15 @@ class HeadwiseLayer(CacheLayerMixin):
             rest = tail[:, :, joined : self.length - position]
             self.tensors["index_tail"] = _with_room(rest, layout.tail_capacity)
 
+    def count_fallbacks(self, counts: Tensor) -> None:
+        """Adds the tiles of counts [B, R, T] that are -1, on their device."""
+        found = (counts < 0).sum()
+        if self.fallbacks is None:
+            # A tensor made in inference mode could not be added to outside it.
+            with torch.inference_mode(False):
+                self.fallbacks = torch.zeros_like(found)
+        self.fallbacks += found
+
     def unroll(self, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Local keys, values and their start for M new tokens: cached ones in order, then these."""
         local = self.layout.local_heads
@@ -247,7 +259,7 @@ class HeadwiseLayer(CacheLayerMixin):
         """Forgets every token and gives the memory back."""
         self.layout.reset()
         self.tensors.clear()
-        self.start = None
+        self.start = self.fallbacks = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

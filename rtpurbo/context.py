@@ -40,6 +40,7 @@ class LastForward:
         q, lse: of a decode step, for the true mass.
         cache: the layer's cache, if it is still alive.
         kv_bytes, index_bytes, dense_bytes: what that cache held.
+        fallbacks: what that cache counts; the cache goes on adding to it.
     """
 
     rows: int
@@ -58,11 +59,15 @@ class LastForward:
     kv_bytes: int = 0
     index_bytes: int = 0
     dense_bytes: int = 0
+    fallbacks: Tensor | None = None
 
     def keep(self, cache: HeadwiseLayer) -> None:
-        """Notes what the cache weighs; the cache itself may die."""
+        """Notes what the cache weighs and counts; the cache itself may die."""
         self.cache = ref(cache)
         self.kv_bytes, self.index_bytes, self.dense_bytes = cache.weigh()
+        if self.indices is not None and self.counts is not None:
+            cache.count_fallbacks(self.counts)
+        self.fallbacks = cache.fallbacks
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""What the last forward of a sparse model attended to, and what its cache weighs."""
+"""What the last forward of a sparse model attended to, and what its cache weighs and counts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _SAMPLED_TILES = 8
 def stats(model: Any, *, true_mass: bool = False) -> dict[str, Any]:
     """Counts of the last forward. They are computed here, from references that the forward kept.
 
+    Only `fallbacks` goes further back: over all passes that filled the cache of the last forward,
+    so that after `generate()` or chunks of a prompt it is still that of the whole prefill.
     A prefill whose retrieval heads chose blocks is counted on eight evenly spaced tiles of rows.
 
     Args:
@@ -32,9 +34,10 @@ def stats(model: Any, *, true_mass: bool = False) -> dict[str, Any]:
         any query head of a KV head attends; `index_mass`, the share recovered as the index sees it,
         in a sparse prefill by the largest logit of each block (None if nothing was selected);
         `true_mass` (None unless asked for and there); `selecting_layers`, layers whose retrieval
-        heads selected: others read every key, see `rtpurbo.short_inputs`; `fallbacks`, rows or
-        tiles that ran dense for want of room; `kv_bytes` without and `index_bytes` of index keys,
-        `dense_bytes` of a dense cache (0 without a cache).
+        heads selected: others read every key, see `rtpurbo.short_inputs`; `fallbacks`, tiles of
+        sparse prefill that ran dense for want of room, summed over layers, sequences and retrieval
+        heads; `kv_bytes` without and `index_bytes` of index keys, `dense_bytes` of a dense cache (0
+        without a cache).
 
     Raises:
         ValueError: the model is not sparse, or has not run since it is.
@@ -60,11 +63,17 @@ def stats(model: Any, *, true_mass: bool = False) -> dict[str, Any]:
         "index_mass": torch.cat(masses).mean().item() if masses else None,
         "true_mass": torch.cat(true).mean().item() if true else None,
         "selecting_layers": len(chosen),
-        "fallbacks": sum(int((count < 0).sum()) for count in chosen),
+        "fallbacks": sum(map(_fallbacks, lasts)),
         "kv_bytes": sum(last.kv_bytes for last in lasts),
         "index_bytes": sum(last.index_bytes for last in lasts),
         "dense_bytes": sum(last.dense_bytes for last in lasts),
     }
+
+
+def _fallbacks(last: LastForward) -> int:
+    if last.fallbacks is not None:
+        return int(last.fallbacks)
+    return 0 if last.counts is None else int((last.counts < 0).sum())
 
 
 def _mean(values: list[float]) -> float:
