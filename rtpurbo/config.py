@@ -39,10 +39,10 @@ class RTPurboConfig:
         block_size: tokens that are selected together in decode; sparse prefill always selects
             blocks of 64.
         prefill: "dense" (retrieval heads see every key) or "sparse" (blocks chosen by the index).
-            Each pass cuts its own rows into tiles of 128, which select together, so that a prompt in
-            chunks selects what it selects in one pass only where every chunk but the last is a
-            multiple of 128 rows, the last has more than one (a row alone decodes), index_bits is 16
-            (later chunks read the codes of earlier ones) and `select_from` decides alike for all.
+            Each pass cuts its own rows into tiles of 128, which select together. A prompt in chunks
+            selects what it selects in one pass only where every chunk but the last is a multiple of
+            128 rows, the last has more than one (a row alone decodes), index_bits is 16 (later
+            chunks read codes of earlier keys) and `select_from` decides alike for all passes.
         share_index_keys: one index key per KV head instead of one per retrieval head.
         index_bits: bits of an index-key dimension, once its token is outside the window: 16, or 8
             or 4 with a minimum and a step for each block of 64 tokens. A key of r = 16 then weighs

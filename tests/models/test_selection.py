@@ -1,15 +1,19 @@
 """What sparse decode selects and gives, against the references; what `stats` says about it."""
 
+import copy
+
 import pytest
 import torch
 
 import rtpurbo
+from rtpurbo import ops
 from rtpurbo.patching import state
 from tests import reference
 from tests.models.tiny import (
     DIM,
     HEADS,
     KV_HEADS,
+    LAYERS,
     MIXED,
     cache_name,
     cache_of,
@@ -17,6 +21,7 @@ from tests.models.tiny import (
     in_pieces,
     padded,
     tiny,
+    tokens,
     whole,
 )
 
@@ -114,6 +119,87 @@ def test_tiles_that_need_too_many_blocks_run_dense(monkeypatch):
     torch.testing.assert_close(whole(wide, ids, mask)[mask.bool()], dense[mask.bool()])
     assert state(wide).layers[0].last.indices is None  # nothing lies outside its window
     assert not torch.equal(got[mask.bool()], dense[mask.bool()])
+
+
+def short_lists(monkeypatch, most=3):
+    """A model whose tiles list so many blocks at most, and the counts of every later selection."""
+    monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", most)
+    counts, select_tiles = [], ops.select_tiles
+
+    def recorded(*args, **kwargs):
+        found = select_tiles(*args, **kwargs)
+        counts.append(found[1])
+        return found
+
+    monkeypatch.setattr(ops, "select_tiles", recorded)
+    chosen = config(window=64, top_p=0.99, prefill="sparse")
+    return rtpurbo.sparsify(tiny(), chosen), counts
+
+
+def dense_tiles(counts):
+    return sum((count < 0).sum().item() for count in counts)
+
+
+@pytest.mark.parametrize("pieces", [[256, 128, 216], [256, 343, 1], [400, 200]], ids=str)
+def test_fallbacks_of_every_chunk_are_counted(pieces, monkeypatch):
+    (ids, mask), (model, counts) = padded((600, 350)), short_lists(monkeypatch)
+    in_pieces(model, ids, pieces, mask)
+    passes = [dense_tiles(counts[i : i + LAYERS]) for i in range(0, len(counts), LAYERS)]
+    assert len(passes) > 1 and all(passes)
+    assert rtpurbo.stats(model)["fallbacks"] == sum(passes)
+    whole(model, ids, mask)
+    assert rtpurbo.stats(model)["fallbacks"] == dense_tiles(counts[-LAYERS:])
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 256}], ids=str)
+def test_fallbacks_are_counted_after_generate(options, monkeypatch):
+    (ids, mask), (model, counts) = padded((600, 350)), short_lists(monkeypatch)
+    for _ in range(2):  # each call has its own cache
+        counts.clear()
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, **options)
+        found = rtpurbo.stats(model)
+        assert found["rows"] == 1 and found["fallbacks"] == dense_tiles(counts) > 0
+    assert len(counts) == LAYERS * (3 if options else 1)
+
+
+def test_fallbacks_are_those_of_a_cache(monkeypatch):
+    """What other caches count, and what a cache counted before a reset, is left out."""
+    ids, (model, counts) = tokens(600), short_lists(monkeypatch)
+    first, second = rtpurbo.RTPurboCache(model), rtpurbo.RTPurboCache(model)
+    in_pieces(model, ids, [400], cache=first)
+    kept = copy.deepcopy(first)
+    monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", 100)
+    in_pieces(model, ids, [400], cache=second)
+    assert rtpurbo.stats(model)["fallbacks"] == 0
+    monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", 3)
+    in_pieces(model, ids[:, 400:], [200], cache=first)
+    third = dense_tiles(counts[-LAYERS:])
+    assert rtpurbo.stats(model)["fallbacks"] == dense_tiles(counts[:LAYERS]) + third > third > 0
+    in_pieces(model, ids[:, 400:], [1], cache=kept)
+    assert rtpurbo.stats(model)["fallbacks"] == dense_tiles(counts[:LAYERS]) > 0
+    first.reset()
+    in_pieces(model, ids, [300], cache=first)
+    assert rtpurbo.stats(model)["fallbacks"] == dense_tiles(counts[-LAYERS:]) > 0
+
+
+def test_fallbacks_are_counted_in_and_out_of_inference_mode(monkeypatch):
+    ids, (model, counts) = tokens(600), short_lists(monkeypatch)
+    cache = rtpurbo.RTPurboCache(model)
+    for upto, inference in ((256, True), (512, False), (600, True)):
+        with torch.inference_mode(inference), torch.no_grad():
+            model(ids[:, cache.get_seq_length() : upto], **{cache_name(model): cache})
+    assert rtpurbo.stats(model)["fallbacks"] == dense_tiles(counts) > 0
+
+
+def test_fallbacks_are_counted_on_the_device_in_one_place():
+    """A meta tensor cannot be read; a graph's replay adds where its capture added."""
+    layer = rtpurbo.RTPurboCache(rtpurbo.sparsify(tiny(), config())).layers[0]
+    counts = torch.empty(2, 3, 5, dtype=torch.int32, device="meta")
+    layer.count_fallbacks(counts)
+    counter = layer.fallbacks
+    layer.count_fallbacks(counts)
+    assert layer.fallbacks is counter and counter.device.type == "meta"
+    assert (counter.dtype, counter.shape) == (torch.int64, ())
 
 
 @pytest.mark.parametrize("index", ["beyond_window", "full"])
