@@ -63,13 +63,15 @@ def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits
         )  # fmt: skip
 
 
-def sifted(keys: int, bits: int) -> None:
-    """So many keys that blocks use a sieve."""
-    q, k, v = (draw(1, h, n, 64, dtype=torch.bfloat16) for h, n in ((32, 1), (4, keys), (4, keys)))
-    k_index, more = coded_half(draw(1, 32, keys, 16, dtype=torch.float16), bits)
-    q_index, heads = 4 * draw(1, 32, 1, 16, dtype=torch.float16), list(range(32))
+def sifted(keys: int, bits: int, heads: int = 32, key_heads: int = 32) -> None:
+    """So many keys that blocks use a sieve; of fewer key heads, one that heads share."""
+    sizes = (heads, 1), (4, keys), (4, keys)
+    q, k, v = (draw(1, h, n, 64, dtype=torch.bfloat16) for h, n in sizes)
+    k_index, more = coded_half(draw(1, key_heads, keys, 16, dtype=torch.float16), bits)
+    index_map = [head * key_heads // heads for head in range(heads)]
     ops.sparse_decode(
-        q, k, v, heads, q_index, k_index, heads, 0.8, 100, 100, 3, 20, 0.125, **more,
+        q, k, v, list(range(heads)), 4 * draw(1, heads, 1, 16, dtype=torch.float16), k_index,
+        index_map, 0.8, 100, 100, 3, 20, 0.125, **more,
     )  # fmt: skip
 
 
@@ -216,6 +218,7 @@ for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333,
     sparse_decode(dim, torch.bfloat16, keys, block_size, bits)
 for bits in (16, 4):
     sifted(270_001, bits)
+sifted(33_001, 16, heads=152, key_heads=20)
 for dim, keys in ((16, 9000), (16, 333), (24, 700)):
     for near_lse in (draw(2, 3, 1), None):
         refine(dim, keys, near_lse)

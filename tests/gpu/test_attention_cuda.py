@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rtpurbo import ops
 from tests.gpu.attention_check import CUDA_TYPES, LSE_TOLERANCE, check
+from tests.gpu.kernels import PORTABLE, kernels_of, skip_unless_sm90
 from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
 from tests.lists import lists_where
@@ -299,10 +300,22 @@ def test_heads_whose_keys_do_not_fit_in_l2_together(dim: int, keys: int) -> None
     check((q, k, v, [0, 1, 2, 3], 20, 4, dim**-0.5), {})
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_that_runs(dtype: torch.dtype, dim: int) -> None:
+    """That for Hopper, unless RTPURBO_PORTABLE asks for the one that every device runs."""
+    skip_unless_sm90()
+    q, k = (torch.randn(1, heads, 200, dim, device="cuda", dtype=dtype) for heads in (4, 2))
+    names = kernels_of(lambda: ops.attention(q, k, k, [1], 64, 4, dim**-0.5))
+    kernels = [name for name in names if "attention_kernel" in name]
+    path = "mma::" if PORTABLE else "sm90::"
+    assert kernels and all(f"{path}attention_kernel" in name for name in kernels)
+
+
 @pytest.mark.skipif("RTPURBO_PORTABLE" in os.environ, reason="this is that run")
 def test_the_portable_path_where_it_is_not_the_usual_one() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("only on compute capability 9.0 another path is usual")
+    """In that run the tests that name kernels see that it is."""
+    skip_unless_sm90()
     names = ("test_attention_cuda.py", "test_near_lse_cuda.py", "test_select_tiles_cuda.py")
     files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]

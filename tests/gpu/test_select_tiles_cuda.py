@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rtpurbo import ops
+from tests.gpu.kernels import PORTABLE, kernels_of, skip_unless_sm90
 from tests.gpu.repeats import assert_repeats
 from tests.gpu.views import to_cuda
 from tests.reference.quantize_index import all_keys
@@ -18,29 +19,84 @@ OF_LOGIT = 2.0**-11  # where block maxima are kept in fp16
 MASS_OF_HALVES = 5e-3  # what that makes of a share
 
 
-def draw(seed: int, keys: int, rows: int, dim: int, dtype: torch.dtype, kind: str) -> dict:
+def draw(
+    seed: int,
+    keys: int,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    kind: str,
+    batch: int = 2,
+    heads: int = 3,
+    key_heads: int = 2,
+) -> dict:
     generator = torch.Generator().manual_seed(seed)
-    heads = 3
     # Heads between rows, as a cache may hold them: no contiguous heads.
-    q_index = torch.randn(2, rows, heads, dim, generator=generator) * 2
-    k_index = torch.randn(2, 2, keys, dim, generator=generator)
+    q_index = torch.randn(batch, rows, heads, dim, generator=generator) * 2
+    k_index = torch.randn(batch, key_heads, keys, dim, generator=generator)
     if kind == "equal":
         k_index[:] = k_index[:, :, :1]
     if kind == "spike":
         k_index *= 1e-2
-        k_index[:, :, keys // 3] = 3 * q_index[:, 0, :2]
+        k_index[:, :, keys // 3] = 3 * q_index[:, 0, :key_heads]
     if kind == "hidden":
         q_index[..., 0] = 1
-        k_index[..., 0].masked_fill_(torch.rand(2, 2, keys, generator=generator) < 0.6, -math.inf)
+        lost = torch.rand(batch, key_heads, keys, generator=generator) < 0.6
+        k_index[..., 0].masked_fill_(lost, -math.inf)
     return {
         "q_index": q_index.to(dtype).transpose(1, 2),
         "k_index": k_index.to(dtype),
         "index_map": [0, 1, 1],
         "threshold": torch.rand(heads, generator=generator),
-        "near_lse": torch.randn(2, heads, rows, generator=generator) + 3,
+        "near_lse": torch.randn(batch, heads, rows, generator=generator) + 3,
         "offset": torch.randn(heads, generator=generator),
-        "start": torch.randint(0, keys + 1, (2,), generator=generator),
+        "start": torch.randint(0, keys + 1, (batch,), generator=generator),
     }
+
+
+KINDS = ["normal", "normal", "equal", "spike", "hidden"]
+MODEL_SEEDS = range(560)
+
+
+def draw_of_a_model(seed: int) -> dict:
+    """What the kernel for Hopper takes from 128 rows on: fp16, 16 dimensions, blocks of 64 keys.
+
+    The keys are a view of a cache with room for more, which holds NaN.
+    """
+    rng = random.Random(seed)
+    rows = rng.choice([128, 129, 255, 256, 257, *(rng.randint(130, 700) for _ in range(5))])
+    batch, key_heads = rng.randint(1, 2), rng.randint(1, 3)
+    heads = rng.randint(key_heads, 5)
+    prefix = rng.choice([0, 1, *(rng.randint(2, 1500) for _ in range(4))])
+    if seed % 20 == 0:
+        rows = rng.choice([1, 127, rng.randint(2, 126)])
+    if seed % 40 == 1:
+        rows, batch, prefix = rng.randint(128, 300), 1, rng.randint(10_000, 18_000)
+    keys = rows + prefix
+    sizes = batch, heads, key_heads
+    case = draw(2000 + seed, keys, rows, 16, torch.float16, rng.choice(KINDS), *sizes)
+    cache = torch.full((batch, key_heads, keys + rng.randint(0, 200), 16), math.nan).half()
+    cache[:, :, :keys] = case["k_index"]
+    window = rng.choice([1, rng.randint(2, 63), 64, rng.randint(65, 300), rng.randint(1, keys)])
+    shares = [0.0, 2.0, *(rng.random() ** 0.3 for _ in range(12))]
+    case |= {
+        "k_index": cache[:, :, :keys],
+        "index_map": [rng.randrange(key_heads) for _ in range(heads)],
+        "threshold": torch.tensor([rng.choice(shares) for _ in range(heads)]),
+        "near_lse": case["near_lse"] + rng.choice([-8, -3, 0, 4]),
+        "start": case["start"] // rng.choice([1, 4]),
+        "window": max(window, keys % 64),
+        "sinks": rng.choice([0, 1, 4, rng.randint(5, 150)]),
+        "min_blocks": rng.choice([0, 0, 1, rng.randint(2, 30)]),
+        "capacity": rng.choice([0, 0, 0, rng.randint(1, 12)]),
+        "rank": "max",
+    }
+    if rng.random() < 0.5:
+        case["q_index"] = case["q_index"].contiguous()
+    for name in ("offset", "start"):
+        if rng.random() < 0.5:
+            case[name] = None
+    return case
 
 
 def on_cuda(case: dict) -> dict:
@@ -110,7 +166,7 @@ def test_random_tiles_equal_the_cpu(seed, rank, dim, dtype):
     rng = random.Random(seed)
     rows = rng.choice([1, 16, 100, 127, 128, 129, 300, 513])
     keys = rows + rng.choice([0, 1, 64, 65, 200, 1000])
-    kind = rng.choice(["normal", "normal", "equal", "spike", "hidden"])
+    kind = rng.choice(KINDS)
     case = draw(seed, keys, rows, dim, dtype, kind) | {
         "window": rng.choice([1, 5, 64, 128, 300, 5000]),
         "sinks": rng.choice([0, 1, 4, 70]),
@@ -126,25 +182,45 @@ def test_random_tiles_equal_the_cpu(seed, rank, dim, dtype):
     check_equal(case, *both(case))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", MODEL_SEEDS)
 def test_random_tiles_of_a_model_equal_the_cpu(seed):
-    """What the kernel for Hopper takes: fp16, 16 dimensions, tiles of 128, blocks of 64."""
-    rng = random.Random(seed)
-    rows = rng.choice([1, 100, 127, 128, 129, 500, 900])
-    keys = rows + rng.choice([0, 64, 65, 1000, 5000])
-    kind = rng.choice(["normal", "normal", "equal", "spike", "hidden"])
-    case = draw(2000 + seed, keys, rows, 16, torch.float16, kind) | {
-        "window": rng.choice([64, 65, 128, 300]),
-        "sinks": rng.choice([0, 1, 4, 70]),
-        "min_blocks": rng.choice([0, 3]),
-        "capacity": rng.choice([0, 0, 8]),
-        "rank": "max",
-    }
-    case["q_index"] = case["q_index"].contiguous()
-    for name in ("offset", "start"):
-        if rng.random() < 0.5:
-            case[name] = None
+    case = draw_of_a_model(seed)
     check_equal(case, *both(case))
+
+
+def test_random_tiles_of_a_model_take_the_kernel_for_hopper():
+    skip_unless_sm90()
+    cases = [on_cuda(draw_of_a_model(seed)) for seed in MODEL_SEEDS]
+    names = kernels_of(lambda: [ops.select_tiles(**case) for case in cases])
+    ran = sum("tile_maxima_kernel" in name for name in names)
+    assert ran + sum("_scores_kernel" in name for name in names) == len(cases)
+    expected = sum(case["q_index"].shape[2] >= 128 for case in cases)
+    assert expected >= 500 and ran == (0 if PORTABLE else expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel"),
+    [
+        ({}, "tile_maxima"),
+        ({"window": 44}, "tile_maxima"),  # 300 keys are 44 more than whole blocks
+        ({"window": 43}, "mma_scores"),
+        ({"tile": 129}, "mma_scores"),
+        ({"tile": 64}, "mma_scores"),
+        ({"rank": "sum"}, "mma_scores"),
+        ({"near_lse": None}, "mma_scores"),
+        ({"block_size": 32}, "plain_scores"),
+    ],
+    ids=str,
+)
+def test_the_kernel_for_hopper_runs_where_it_may(change, kernel):
+    skip_unless_sm90()
+    case = draw(0, 300, 200, 16, torch.float16, "normal")
+    case |= {"window": 100, "sinks": 4, "min_blocks": 1, "rank": "max"} | change
+    names = kernels_of(lambda: ops.select_tiles(**on_cuda(case)))
+    if PORTABLE and kernel == "tile_maxima":
+        kernel = "mma_scores"
+    kernels = ("tile_maxima", "mma_scores", "plain_scores")
+    assert [one for one in kernels for name in names if f"{one}_kernel" in name] == [kernel]
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])
