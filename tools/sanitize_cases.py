@@ -31,16 +31,14 @@ def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> Non
     ops.decode(q, k, v, heads, window, window, sinks, scale, start=start)
     near = ops.near_lse(q, k, heads, [0, 1, 1], window, sinks, scale, start)
     for near_lse in (near, None):
-        for exact in (True, False):
-            indices, counts, _ = ops.select(
-                draw(2, 3, 1, 16, dtype=torch.float16), draw(2, 3, keys, 16, dtype=torch.float16),
-                [0, 1, 2], 0.9, window, sinks, 20, block_size, near_lse=near_lse, start=start,
-                exact=exact,
-            )  # fmt: skip
-            ops.decode(
-                q, k, v, heads, window, window, sinks, scale, indices=indices, counts=counts,
-                block_size=block_size, start=start,
-            )  # fmt: skip
+        indices, counts, _ = ops.select(
+            draw(2, 3, 1, 16, dtype=torch.float16), draw(2, 3, keys, 16, dtype=torch.float16),
+            [0, 1, 2], 0.9, window, sinks, 20, block_size, near_lse=near_lse, start=start,
+        )  # fmt: skip
+        ops.decode(
+            q, k, v, heads, window, window, sinks, scale, indices=indices, counts=counts,
+            block_size=block_size, start=start,
+        )  # fmt: skip
 
 
 def coded_half(k_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
