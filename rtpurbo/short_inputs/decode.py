@@ -27,7 +27,7 @@ LIST_BYTES, LISTED_COST = 7 << 16, 1.3
 """What each list costs, and its rows, over that to read as many one after the other."""
 FIRST_LISTS_BYTES = 1 << 24
 """Up to these, lists cost twice as much: there are too few to keep the memory busy."""
-SCORE_BYTES = 28
+SCORE_BYTES = 29
 """What ranking one score of a retrieval head costs, its index key aside."""
 REFINED_SCORE_BYTES = 74
 """The same where what it selects is scored again."""
