@@ -1,0 +1,7 @@
+#include "csrc/cuda/sparse_decode/kernel.cuh"
+
+namespace rtpurbo::cuda::sparse {
+
+template Form form_of<__half, 64>(int, Sifting);
+
+}  // namespace rtpurbo::cuda::sparse
