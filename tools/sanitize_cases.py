@@ -216,7 +216,7 @@ for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333,
     sparse_decode(dim, torch.bfloat16, keys, block_size, bits)
 for bits in (16, 4):
     sifted(270_001, bits)
-sifted(33_001, 16, heads=152, key_heads=20)
+sifted(33_001, 16, heads=152, key_heads=20)  # with a shared scan on up to 151 multiprocessors
 for dim, keys in ((16, 9000), (16, 333), (24, 700)):
     for near_lse in (draw(2, 3, 1), None):
         refine(dim, keys, near_lse)

@@ -117,15 +117,17 @@ int decode_splits(const DecodeParams& params, int sm_count) {
   const int64_t work =
       std::max<int64_t>(1, params.batch * (alike ? params.sets_count * most : all));
   const int64_t one = sm_count * most / work, two = 2 * sm_count * most / work;
-  // One block on a multiprocessor leaves half as much to merge as two, and is as quick up to some
-  // tiles (measured on H200), or up to many, or where nothing is left to merge, as long as the
-  // blocks are about equal and on most multiprocessors (measured on H100), and rows are long: four
-  // warps are too few for many short ones (measured on H200).
-  constexpr int64_t kTilesOfOne = 24, kManyTilesOfOne = 64;
+  // One block on a multiprocessor leaves half as much to merge as two, and is as quick up to a few
+  // tiles, up to some where blocks are on most multiprocessors (measured on H200), or up to many,
+  // or where nothing is left to merge, as long as the blocks are about equal and on most
+  // multiprocessors (measured on H100), and rows are long: four warps are too few for many short
+  // ones (measured on H200).
+  constexpr int64_t kFewTilesOfOne = 8, kTilesOfOne = 24, kManyTilesOfOne = 64;
+  const bool fills = mostly(one * work, sm_count * most);
   const bool equal = alike && params.dim > 64 && params.slots_count == params.heads &&
                      !params.start_ptr && mostly(one * params.batch * all, sm_count * most);
-  const bool suffices =
-      tiles <= (equal ? kManyTilesOfOne : kTilesOfOne) * one || (equal && one == 1);
+  const int64_t tiles_of_one = equal ? kManyTilesOfOne : fills ? kTilesOfOne : kFewTilesOfOne;
+  const bool suffices = tiles <= tiles_of_one * one || (equal && one == 1);
   const int64_t wanted = suffices && shares_loads(params) ? one : two;
   const int64_t splits = std::max<int64_t>(1, std::min({wanted, tiles, kMostSplits}));
   // To merge takes longer than two more tiles.

@@ -106,7 +106,7 @@ cudaError_t plan_form(const SparseDecodeParams& p, int blocks_of_sm, Sifting sif
                       SparseDecodePlan& plan) {
   const Form form = form_for(p.decode, blocks_of_sm, sifting);
   if (!form.kernel) return cudaErrorNotSupported;
-  const bool sieves = sifting != Sifting::kNone;
+  const bool sieves = form.sifting != Sifting::kNone;
   Residency residency;
   if (const cudaError_t error = find_residency(form.kernel, kSelectThreads, form.blocks_of_sm,
                                                form.near_bytes, residency)) {
@@ -120,7 +120,7 @@ cudaError_t plan_form(const SparseDecodeParams& p, int blocks_of_sm, Sifting sif
     plan.select.scores_in_shared = false;
     plan.select.shared_bytes = residency.shared_bytes;
   }
-  if (sifting == Sifting::kShared) {
+  if (form.sifting == Sifting::kShared) {
     plan.select.shared_blocks = shared_scan_blocks(p.select, plan.select);
   }
   plan.near_splits = near_splits(p.decode, sort_sets(p.decode).near_count, residency.blocks);

@@ -312,7 +312,7 @@ def test_the_kernel_that_runs(dtype: torch.dtype, dim: int) -> None:
     assert kernels and all(f"{path}attention_kernel" in name for name in kernels)
 
 
-@pytest.mark.skipif("RTPURBO_PORTABLE" in os.environ, reason="this is that run")
+@pytest.mark.skipif(PORTABLE, reason="this is that run")
 def test_the_portable_path_where_it_is_not_the_usual_one() -> None:
     """In that run the tests that name kernels see that it is."""
     skip_unless_sm90()

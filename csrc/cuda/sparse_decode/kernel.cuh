@@ -3,10 +3,14 @@
 
 #include <cooperative_groups.h>
 
+#include <cuda/atomic>
+#include <type_traits>
+
 #include "csrc/cuda/decode/merge.cuh"
 #include "csrc/cuda/decode/split_mma.cuh"
 #include "csrc/cuda/select/key_heads.h"
 #include "csrc/cuda/select/sieved_selector.cuh"
+#include "csrc/cuda/select/team.cuh"
 #include "csrc/cuda/sparse_decode/listed.cuh"
 #include "csrc/cuda/sparse_decode/problem.cuh"
 
@@ -41,7 +45,7 @@ __device__ __forceinline__ int near_slot(const DecodeParams& p, int head) {
 }
 
 /// The near keys' log-sum-exp of a retrieval head, for a whole warp.
-static __device__ float near_lse(const DecodeParams& p, const Partials& near, int64_t batch,
+__device__ inline float near_lse(const DecodeParams& p, const Partials& near, int64_t batch,
                                  int slot) {
   const PartRun run = run_of_slot(p, near, batch, slot);
   SoftmaxSum sum;
@@ -183,7 +187,7 @@ template <typename T, int kDim>
 Form form_of(int blocks_of_sm, Sifting sifting) {
   const auto form = [&]<int kBlocks, Sifting kSifting>() {
     return Form{reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSifting>),
-                kBlocks, Shape<T, kDim, kBlocks, kSifting>::kNearBytes};
+                kBlocks, kSifting, Shape<T, kDim, kBlocks, kSifting>::kNearBytes};
   };
   if constexpr (kDim <= 128) {
     if (sifting == Sifting::kShared) return form.template operator()<2, Sifting::kShared>();

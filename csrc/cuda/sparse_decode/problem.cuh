@@ -1,6 +1,8 @@
 #pragma once
 // What the kernel works on, besides its parameters, and which form of it.
 
+#include <cstdint>
+
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/select/problem.cuh"
 #include "csrc/cuda/sparse_decode.h"
@@ -27,16 +29,15 @@ struct Sets {
 /// together.
 enum class Sifting { kNone, kAlone, kShared };
 
-/// A kernel, how many of its blocks are meant for a multiprocessor, and the shared memory that near
-/// keys take.
 struct Form {
   const void* kernel;
-  int blocks_of_sm;
-  int near_bytes;
+  int blocks_of_sm;  // that are meant to be resident
+  Sifting sifting;
+  int near_bytes;  // of shared memory, for near keys
 };
 
-/// The one for so many blocks, or one, which is all that heads of 256 have; with a sieve there are
-/// two. Each is instantiated in a file of its own, in instances/.
+/// A sieve has two blocks on a multiprocessor. Heads of 256 have one form: one block, no sieve.
+/// Each is instantiated in a file of its own, in instances/.
 template <typename T, int kDim>
 Form form_of(int blocks_of_sm, Sifting sifting);
 
