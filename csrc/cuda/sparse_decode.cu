@@ -138,24 +138,23 @@ Sifting sifting_of(const SelectPlan& plan) {
 cudaError_t plan_sparse_decode(const SparseDecodeParams& params, int sm_count,
                                SparseDecodePlan& plan) {
   if (!takes(params)) return cudaErrorNotSupported;
-  const auto plan_with = [&](int blocks, Sifting sifting) {
-    return plan_form(params, blocks, sifting, plan);
-  };
   const int blocks = wants_two_blocks(params, sm_count) ? 2 : 1;
-  cudaError_t error = plan_with(blocks, Sifting::kNone);
+  cudaError_t error = plan_form(params, blocks, Sifting::kNone, plan);
   if (error == cudaSuccess && blocks == 2) {
     const SelectPlan sieving =
         plan_teams(params.select, plan.select.blocks, 0, listed_members(params), true);
     if (may_sift(params.select, sieving) && sieving.time < plan.select.time) {
       const bool shares = shared_scan_blocks(params.select, sieving) > 0;
-      if (shares) error = plan_with(2, Sifting::kShared);
+      if (shares) error = plan_form(params, 2, Sifting::kShared, plan);
       if (!shares || sifting_of(plan.select) != Sifting::kShared) {
-        error = plan_with(2, Sifting::kAlone);
+        error = plan_form(params, 2, Sifting::kAlone, plan);
       }
     }
   }
   // Where shared memory is small, the other shape may still fit.
-  if (error == cudaErrorCooperativeLaunchTooLarge) error = plan_with(2, Sifting::kNone);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    error = plan_form(params, 2, Sifting::kNone, plan);
+  }
   return error == cudaErrorCooperativeLaunchTooLarge ? cudaErrorNotSupported : error;
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtpurbo import ops
 from tests.gpu.attention_check import check
-from tests.gpu.kernels import kernels_of
+from tests.gpu.kernels import kernels_of, skip_unless_sm90
 from tests.gpu.repeats import assert_repeats
 from tests.lists import lists_where
 
@@ -75,8 +75,7 @@ def test_bits_repeat_and_replay() -> None:
 
 def test_few_tiles_are_split_and_many_are_not() -> None:
     """The rule is of shapes alone. Parts are merged by a kernel of their own."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("tiles are split on sm_90 only")
+    skip_unless_sm90()
 
     def merges(rows: int, keys: int) -> int:
         q, k = on_cuda(1, 8, rows, 128), on_cuda(1, 2, keys, 128)

@@ -8,23 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtpurbo import ops
-
-
-def sorted_selection(row: torch.Tensor, p: float, floor: int, forced: float) -> set[int]:
-    """The set that a stable descending sort selects, one member at a time."""
-    row = row.double()
-    candidates = int((row > -math.inf).sum())
-    reference = max(row.max().item(), forced)
-    weights = (row - reference).exp()
-    total = weights.sum().item() + math.exp(forced - reference)
-    mass, chosen = math.exp(forced - reference), set()
-    for index in row.argsort(descending=True, stable=True).tolist():
-        enough = mass >= p * total * (1 - 1e-12) and len(chosen) >= min(floor, candidates)
-        if enough or row[index] == -math.inf:
-            break
-        chosen.add(index)
-        mass += weights[index].item()
-    return chosen
+from tests import reference
 
 
 @given(
@@ -40,14 +24,16 @@ def test_equals_a_stable_sort(n, p, floor, forced, spread, seed):
     scores = torch.randn(3, n, generator=generator) * spread
     scores[torch.rand(3, n, generator=generator) < 0.1] = -math.inf
     scores[:, 0] = 0.5
-    indices, counts, mass = ops.top_p(scores, p, floor, torch.full((3,), forced))
+    arguments = scores, p, floor, torch.full((3,), forced)
+    indices, counts, mass = ops.top_p(*arguments)
+    wanted, wanted_counts, _ = reference.top_p(*arguments)
     for row in range(3):
         count = int(counts[row])
         got = indices[row, :count].tolist()
         assert got == sorted(got)
         assert (indices[row, count:] == -1).all()
         assert mass[row] >= p - 1e-6
-        want = sorted_selection(scores[row], p, floor, forced)
+        want = set(wanted[row, : wanted_counts[row]].tolist())
         difference = set(got) ^ want
         assert len(difference) <= 1 and all(
             abs(scores[row, i] - min(scores[row, j] for j in want | {i})) < 1e-5 for i in difference

@@ -1,4 +1,4 @@
-"""The smallest set that holds a share p of the softmax mass: one sorted row at a time."""
+"""The smallest set that holds a share p of the softmax mass, by a stable sort of each row."""
 
 import math
 
@@ -13,23 +13,21 @@ def top_p_row(
 
     A mass of exp(left_out_lse) counts in the whole and cannot be selected.
     """
-    candidates = [n for n, score in enumerate(scores.tolist()) if score != -math.inf]
+    candidates = (scores != -math.inf).nonzero()[:, 0]
     values = torch.cat([scores[candidates], scores.new_tensor([forced_lse, left_out_lse])])
     if values.isnan().any() or (values == math.inf).any():
-        return candidates, math.nan
+        return candidates.tolist(), math.nan
     if values.max() == -math.inf:
         return [], 1.0
     weights = (values - values.max()).exp()
-    forced, total = weights[-2].item(), weights.sum().item()
-    order = scores[candidates].argsort(descending=True, stable=True).tolist()
-    chosen: list[int] = []
-    mass = forced
-    for member in order:
-        if p < 1 and mass >= p * total and len(chosen) >= min_members:
-            break
-        chosen.append(candidates[member])
-        mass += weights[member].item()
-    return sorted(chosen), mass / total
+    total = weights.sum()
+    order = scores[candidates].argsort(descending=True, stable=True)
+    # The mass before each member, and that of all.
+    reached = torch.cat([weights[-2:-1], weights[order]]).cumsum(0)
+    missing = reached[:-1] < p * total
+    joins = missing | (torch.arange(len(order)) < min_members) | (p >= 1)
+    count = int(joins.sum())
+    return candidates[order[:count]].sort().values.tolist(), (reached[count] / total).item()
 
 
 def top_p(

@@ -185,7 +185,7 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
 
 template <typename T, int kDim>
 Form form_of(int blocks_of_sm, Sifting sifting) {
-  const auto form = [&]<int kBlocks, Sifting kSifting>() {
+  const auto form = []<int kBlocks, Sifting kSifting>() {
     return Form{reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSifting>),
                 kBlocks, kSifting, Shape<T, kDim, kBlocks, kSifting>::kNearBytes};
   };
