@@ -1,6 +1,7 @@
 """Block lists of a whole prefill on the GPU, by exp-sums and by maxima.
 
 `scores` counts the pairs of a row and a key it sees: divided by the time, the rate of the index.
+Where `form` is `full` it also sums up the near keys, of which it is given no masses.
 The baseline is eager PyTorch for one head, where its N x N scores fit.
 """
 
@@ -28,6 +29,9 @@ def select_tiles_cuda(wanted: Wanted) -> Iterator[Case]:
             {"rank": rank, "heads": heads, "keys": keys, "scores": heads * keys * (keys + 1) // 2}
             for rank in ("sum", "max")
         ]
+        all_parameters += [
+            {**all_parameters[-1], "form": "full", "window": window} for window in (WINDOW, 8192)
+        ]
         chosen = [parameters for parameters in all_parameters if wanted(parameters)]
         if not chosen:
             continue
@@ -36,15 +40,17 @@ def select_tiles_cuda(wanted: Wanted) -> Iterator[Case]:
         k_index = torch.randn(shape, device="cuda", dtype=torch.float16)
         near_lse = torch.full(shape[:3], 8.0, device="cuda")
         threshold = torch.full((heads,), THRESHOLD, device="cuda")
-        arguments = q_index, k_index, list(range(heads)), threshold, WINDOW, SINKS, MIN_BLOCKS
+        arguments = q_index, k_index, list(range(heads)), threshold
         eager: dict[str, Run] = {
             "eager": partial(pooled_shares, q_index, k_index, near_lse, WINDOW, SINKS, TILE, BLOCK)
         }
         for parameters in chosen:
-            rank = parameters["rank"]
+            rank, full = parameters["rank"], "form" in parameters
+            near = parameters.get("window", WINDOW), SINKS, MIN_BLOCKS
+            given = None if full else near_lse
             yield Case(
                 parameters=parameters,
-                run=partial(ops.select_tiles, *arguments, near_lse=near_lse, rank=rank),
+                run=partial(ops.select_tiles, *arguments, *near, near_lse=given, rank=rank),
                 baselines=eager if rank == "sum" and heads == 1 and keys <= 32768 else {},
                 goal_seconds=HEAD_SELECTION_SECONDS.get(keys) if rank == "max" else None,
                 device="cuda",

@@ -5,6 +5,7 @@
 #include "csrc/cuda/select_tiles.h"
 #include "csrc/cuda/select_tiles/choose.cuh"
 #include "csrc/cuda/select_tiles/mma_scores.cuh"
+#include "csrc/cuda/select_tiles/near_masses.cuh"
 #include "csrc/cuda/select_tiles/plain_scores.cuh"
 #include "csrc/cuda/select_tiles/pool.cuh"
 #include "csrc/cuda/select_tiles/totals.cuh"
@@ -165,18 +166,45 @@ cudaError_t launch_slots(const SelectTilesParams& p, const Workspace& w, cudaStr
   return launch_choose(p, w, stream);
 }
 
+/// Of near masses that stage 1 does not sum up; others are given, or its own.
+int64_t near_rows(const SelectTilesParams& p, const Workspace& w) {
+  return w.halves && !p.near_lse_ptr ? p.batch * p.heads * p.rows : 0;
+}
+
+/// Makes them, and the parameters as if they were given.
+cudaError_t give_near(SelectTilesParams& p, float* near, cudaStream_t stream) {
+  const int64_t runs = p.batch * p.heads * divide_up(p.rows, tiles::kNearRows);
+  const int64_t grid = divide_up(runs, tiles::kNearWarps);
+  if (grid > kMaxGrid) return cudaErrorInvalidConfiguration;
+  tiles::near_masses_kernel<<<static_cast<unsigned>(grid), 32 * tiles::kNearWarps, 0, stream>>>(
+      p, near);
+  p.near_lse_ptr = near;
+  p.offset_ptr = nullptr;  // all scores lack it
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 size_t select_tiles_workspace(const SelectTilesParams& params) {
-  Workspace w = sizes(normalised(params));
-  return lay_out(nullptr, w);
+  const SelectTilesParams p = normalised(params);
+  Workspace w = sizes(p);
+  WorkspaceParts parts{nullptr, lay_out(nullptr, w)};
+  float* near;
+  parts.take(near, near_rows(p, w));
+  return parts.bytes;
 }
 
 cudaError_t launch_select_tiles(const SelectTilesParams& params, void* workspace,
                                 cudaStream_t stream) {
-  const SelectTilesParams p = normalised(params);
+  SelectTilesParams p = normalised(params);
   Workspace w = sizes(p);
-  lay_out(static_cast<char*>(workspace), w);
+  char* base = static_cast<char*>(workspace);
+  WorkspaceParts parts{base, lay_out(base, w)};
+  if (const int64_t rows = near_rows(p, w)) {
+    float* near;
+    parts.take(near, rows);
+    if (const cudaError_t error = give_near(p, near, stream)) return error;
+  }
   const int64_t all_pairs = p.batch * p.heads, pairs = w.pairs, tiles = w.tiles;
   for (w.first_pair = 0; w.first_pair < all_pairs; w.first_pair += pairs) {
     w.pairs = std::min(pairs, all_pairs - w.first_pair);

@@ -41,7 +41,7 @@ bool takes_tile_maxima(const SelectTilesParams& p) {
   CUtensorMap map;
   // The copies leave a last block of fewer keys out; no row may see it as far.
   const bool whole_blocks = p.keys - p.window <= p.keys / tiles::kBlock * tiles::kBlock;
-  return p.rank_by_max && p.near_lse_ptr && p.tile == kRows && whole_blocks &&
+  return p.rank_by_max && p.tile == kRows && whole_blocks &&
          attribute(cudaDevAttrComputeCapabilityMajor, major) == cudaSuccess &&
          attribute(cudaDevAttrComputeCapabilityMinor, minor) == cudaSuccess && major == 9 &&
          minor == 0 && encode_key_map(map, p);

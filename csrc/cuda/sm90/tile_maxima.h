@@ -11,7 +11,7 @@ namespace rtpurbo::cuda::sm90 {
 inline constexpr int64_t kMaximaChunk = 256;
 
 /// Whether the current device and, beyond those of the portable tensor-core path, these parameters
-/// suit: rank "max", given near masses, tiles of 128 rows.
+/// suit: rank "max", tiles of 128 rows.
 bool takes_tile_maxima(const SelectTilesParams& params);
 
 /// Largest q . k of each row and block in fp16, and the chunks' sums of far masses.

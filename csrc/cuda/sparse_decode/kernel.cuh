@@ -183,18 +183,20 @@ __global__ __launch_bounds__(kSelectThreads, kBlocks) void sparse_decode_kernel(
   }
 }
 
+template <typename T, int kDim, int kBlocks, Sifting kSifting>
+Form form_with() {
+  return {reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSifting>), kBlocks,
+          kSifting, Shape<T, kDim, kBlocks, kSifting>::kNearBytes};
+}
+
 template <typename T, int kDim>
 Form form_of(int blocks_of_sm, Sifting sifting) {
-  const auto form = []<int kBlocks, Sifting kSifting>() {
-    return Form{reinterpret_cast<const void*>(sparse_decode_kernel<T, kDim, kBlocks, kSifting>),
-                kBlocks, kSifting, Shape<T, kDim, kBlocks, kSifting>::kNearBytes};
-  };
   if constexpr (kDim <= 128) {
-    if (sifting == Sifting::kShared) return form.template operator()<2, Sifting::kShared>();
-    if (sifting == Sifting::kAlone) return form.template operator()<2, Sifting::kAlone>();
-    if (blocks_of_sm == 2) return form.template operator()<2, Sifting::kNone>();
+    if (sifting == Sifting::kShared) return form_with<T, kDim, 2, Sifting::kShared>();
+    if (sifting == Sifting::kAlone) return form_with<T, kDim, 2, Sifting::kAlone>();
+    if (blocks_of_sm == 2) return form_with<T, kDim, 2, Sifting::kNone>();
   }
-  return form.template operator()<1, Sifting::kNone>();
+  return form_with<T, kDim, 1, Sifting::kNone>();
 }
 
 }  // namespace rtpurbo::cuda::sparse
