@@ -15,7 +15,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
-/// log2(x) to 2^-22 of a sum of weights, the largest about 1; -inf of none.
+/// log2(x) to 2^-22 of a sum of weights, or of its logarithm where that is more; -inf of none.
 __device__ __forceinline__ float fast_log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,27 @@ def test_lengths_and_windows_around_the_tiles(dim: int, edge: int, dtype: torch.
         check((q, k, v, [1, 2], window + edge, 4, dim**-0.5), {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slope", [0.3, -0.05, -0.3, -1.0, -2.0])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_scores_that_grow_from_block_to_block(dim: int, slope: float, dtype: torch.dtype) -> None:
+    """By up to 256, so that weights by the maximum of the blocks before are infinite: blocks come
+    from the diagonal down. In some rows of a warp, in some warps of a tile, and in whole heads."""
+    keys = 1500
+    q, k, v = (torch.randn(2, heads, keys, dim) for heads in (4, 2, 2))
+    along = torch.randn(dim).sign()
+    row = torch.arange(keys)
+    for head, sloped in enumerate((row >= 0, row < 0, row % 16 < 3, row % 64 < 16)):
+        q[:, head] += sloped[:, None] * along
+    k += along * (row * (slope * dim**-0.5))[:, None]
+    q, k, v = (tensor[:, :, first:].to(dtype) for tensor, first in ((q, 700), (k, 0), (v, 0)))
+    check((q, k, v, [0, 1, 3], 300, 4, dim**-0.5), {})
+    picked = torch.rand(2, 3, 7, 24) < 0.6
+    indices, counts = lists_where(picked)
+    lists = {"block_indices": indices, "block_counts": counts}
+    check((q, k, v, [0, 1, 3], 100, 4, dim**-0.5), {"start": torch.tensor([0, 90]), **lists})
+
+
 @pytest.mark.parametrize("sinks", [0, 4, 70])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_windows_that_just_reach_the_sinks(dim: int, sinks: int) -> None:
@@ -121,12 +143,29 @@ def test_poison_reaches_only_the_rows_that_see_it(
 ) -> None:
     q, k, v = (torch.randn(1, heads, 400, dim).to(dtype) for heads in (4, 2, 2))
     k[0, 0, 150, 7] = v[0, 1, 151, 9] = v[0, 1, 158, 2] = v[0, 0, 399, 5] = poison
-    out, lse = ops.attention(q.cuda(), k.cuda(), v.cuda(), [1, 3], 60, 4, dim**-0.5)
-    expected_out, expected_lse = ops.attention(q, k, v, [1, 3], 60, 4, dim**-0.5)
+    assert_like_the_cpu(q, k, v, [1, 3], 60, 4, dim**-0.5)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_infinite_scores_of_keys_that_all_rows_see(dtype: torch.dtype, dim: int) -> None:
+    """Two heads each see -inf last, first, and at all keys, and one +inf."""
+    q, k, v = (torch.rand(1, heads, 900, dim) + 0.1 for heads in (8, 4, 4))
+    k[0, 0, :400, 3] = k[0, 1, 300:, 3] = k[0, 2, :, 5] = -torch.inf
+    k[0, 3, 200, 1] = torch.inf
+    q, k, v = q[:, :, 600:].to(dtype), k.to(dtype), v.to(dtype)
+    assert_like_the_cpu(q, k, v, list(range(8)), 1, 0, dim**-0.5)
+
+
+def assert_like_the_cpu(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> None:
+    """NaN and infinities in the same places."""
+    out, lse = ops.attention(q.cuda(), k.cuda(), v.cuda(), *others)
+    expected_out, expected_lse = ops.attention(q, k, v, *others)
     assert out.cpu().isnan().equal(expected_out.isnan())
     assert out.cpu().isinf().equal(expected_out.isinf())
     assert lse.cpu().isnan().equal(expected_lse.isnan())
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert lse.cpu().isinf().equal(expected_lse.isinf())
+    tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(
         out.cpu(), expected_out, atol=tolerance, rtol=tolerance, equal_nan=True
     )

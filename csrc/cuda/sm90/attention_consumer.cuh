@@ -77,13 +77,6 @@ struct Consumer {
     if (threadIdx.x % 32 == 0) ring.empty[place.index].arrive();
   }
 
-  /// The same once a sum of weights, 0 or more, is known: ptxas moves the softmax behind the wait
-  /// for the products that it should overlap, but no arrival. Only a single team gains by it.
-  __device__ void release_after(const Place& place, float sum) {
-    const uint32_t sign = __float_as_uint(fmaxf(sum, 0.0f)) >> 31;
-    if (threadIdx.x % 32 == 0) ring.empty[place.index + sign].arrive();
-  }
-
   /// The first kWidth scores of each row.
   template <int kWidth>
   __device__ float (&first_scores())[kWidth / 2] {
@@ -175,6 +168,15 @@ struct Consumer {
     }
   }
 
+  /// The weights of a block whose scores were overwritten by such as are too large.
+  __device__ __forceinline__ void soften_anew(const Place& keys, int tile) {
+    multiply_keys_alone<T, kKeys, kDim>(
+        scores, shared.queries[tile] + warpgroup * Memory::kPanels * kBoxBytes,
+        ring.stages[keys.index], kPanelBytes);
+    rows.soften(scores, factor);
+    __syncwarp();  // behind the last read of the keys
+  }
+
   /// `count` blocks that all rows see whole; the log-sum-exp alone needs only their scores.
   __device__ __forceinline__ void score_full(int count) {
 #pragma unroll 1
@@ -185,7 +187,7 @@ struct Consumer {
   }
 
   /// The same with values: the weights of a block wait until the scores of the next are on the way.
-  __device__ __forceinline__ void attend_full(int count) {
+  __device__ __forceinline__ void attend_full(int count, int tile) {
     find_scores<kKeys>(0);
     rows.soften(scores, factor);
     rows.decay_out();
@@ -200,13 +202,15 @@ struct Consumer {
       pass_turn();
       ptx::wgmma_wait<1>();
       ptx::pin(scores);
-      if constexpr (kTeams > 1) release(keys);
-      rows.soften(scores, factor);
-      if constexpr (kTeams == 1) release_after(keys, rows.sum[0] + rows.sum[1]);
+      int decays = !rows.soften_as_before(scores, factor);
+      if (decays) soften_anew(keys, tile);
+      release(keys);
+      // One wait, for all warps of a warpgroup, must stay between the two branches.
+      asm volatile("" : "+r"(decays));
       ptx::wgmma_wait<0>();
       ptx::pin(rows.out);
       release(values);
-      rows.decay_out();
+      if (decays) rows.decay_out();
       pack_weights<kKeys>();
     }
     const Place values = await_stage();
@@ -300,7 +304,7 @@ struct Consumer {
       if constexpr (!kValues) {
         score_full(full);
       } else if (full > 0) {
-        attend_full(full);
+        attend_full(full, tile.index);
       }
       if constexpr (kTeams > 1) {
         static_assert(Memory::kTiles == 2);  // so that the teams take turns

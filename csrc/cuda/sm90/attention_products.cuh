@@ -1,7 +1,9 @@
 #pragma once
-// The two matrix products of a warpgroup. Both start here and end behind a ptx::wgmma_wait.
+// The two matrix products of a warpgroup, which start here and end behind a ptx::wgmma_wait, and
+// the first one by a warp alone.
 
 #include "csrc/cuda/ptx/ldmatrix.cuh"
+#include "csrc/cuda/ptx/mma.cuh"
 #include "csrc/cuda/ptx/wgmma.cuh"
 #include "csrc/cuda/sm90/attention_shared.cuh"
 
@@ -67,6 +69,35 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[kKeys / 2],
     queries.template multiply<T, kKeys, true>(scores, step, keys + (offset >> 4));
   }
   ptx::wgmma_commit();
+}
+
+/// scores = Q K^T of a warp's own rows, by the warp alone, when it returns.
+template <typename T, int kKeys, int kDim>
+__device__ __forceinline__ void multiply_keys_alone(float (&scores)[kKeys / 2],
+                                                    const unsigned char* queries,
+                                                    const unsigned char* shared, int panel_bytes) {
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x / 32 % 4 * 16 + lane % 16, key = lane / 16 * 8 + lane % 8;
+#pragma unroll
+  for (float& score : scores) score = 0.0f;
+#pragma unroll 1
+  for (int step = 0; step < kDim / kStep; ++step) {
+    const int panel = step / kPanelSteps, first_chunk = step % kPanelSteps * 2;
+    uint32_t q[4];
+    ptx::ldmatrix_x4(q, queries + panel * kBoxBytes + swizzled(row, first_chunk + lane / 16));
+    const unsigned char* keys =
+        shared + panel * panel_bytes + swizzled(key, first_chunk + lane / 8 % 2);
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; j += 2) {
+      uint32_t k[4];
+      ptx::ldmatrix_x4(k, keys + j * 8 * kRowBytes);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        ptx::mma_m16n8k16<T>(reinterpret_cast<float(&)[4]>(scores[4 * (j + i)]), q, k[2 * i],
+                             k[2 * i + 1]);
+      }
+    }
+  }
 }
 
 /// Starts out += weights V for kKeys keys.

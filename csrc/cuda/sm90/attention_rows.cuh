@@ -33,8 +33,8 @@ __device__ __forceinline__ void mask(float (&scores)[kWidth / 2],
 template <typename T, int kDim>
 struct Rows {
   float out[kDim / 2];
-  float maximum[2];
-  float sum[2];  // of this thread's columns only
+  float maximum[2];  // the largest score when it was last looked for, to which weights are relative
+  float sum[2];      // of this thread's columns only
   float decay[2];
 
   __device__ __forceinline__ void clear() {
@@ -67,6 +67,32 @@ struct Rows {
         }
       }
     }
+  }
+
+  /// The same by the maximum as it is, which scores may exceed: none has to be found, and the
+  /// output does not decay. Where weights are too large for that, or there is no maximum yet, no
+  /// row of the warp is changed, the scores are overwritten, and the result is false.
+  template <int kSize>
+  __device__ __forceinline__ bool soften_as_before(float (&scores)[kSize], float factor) {
+    constexpr float kMost = 16384.0f;  // of a thread's sum, so that every weight fits into fp16
+    float added[2][2] = {};            // of even and odd columns: two chains of sums
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float shift = maximum[h] * factor;
+#pragma unroll
+      for (int i = 2 * h; i < kSize; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          scores[i + e] = fast_exp2(fmaf(scores[i + e], factor, -shift));
+          added[h][e] += scores[i + e];
+        }
+      }
+    }
+    const float of_block[2] = {added[0][0] + added[0][1], added[1][0] + added[1][1]};
+    if (!__all_sync(~0u, of_block[0] <= kMost && of_block[1] <= kMost)) return false;
+    sum[0] += of_block[0];
+    sum[1] += of_block[1];
+    return true;
   }
 
   /// Adds what was found for row h with other keys; returns by what its output decays.
