@@ -3,69 +3,70 @@
 // scores, as `near_lse` gives that of true logits in form `beyond_window`.
 
 #include "csrc/cuda/head_rows.cuh"
-#include "csrc/cuda/select_tiles/problem.cuh"
-#include "csrc/cuda/select_tiles/quad.cuh"
+#include "csrc/cuda/select_tiles/mma_pair.cuh"
 
 namespace rtpurbo::cuda::tiles {
 
 constexpr int kNearWarps = 8;
-constexpr int kNearRows = 4;  // of a warp, whose near keys are nearly the same
+constexpr int kNearRows = 16;  // of a warp
 
 /// near [B, heads, rows]. fp16 queries and keys of 16 dimensions.
 __global__ __launch_bounds__(32 * kNearWarps) void near_masses_kernel(
     const __grid_constant__ SelectTilesParams p, float* near) {
-  const int lane = threadIdx.x % 32;
+  using namespace mma;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t number = int64_t{blockIdx.x} * kNearWarps + threadIdx.x / 32;
   const int64_t runs = (p.rows + kNearRows - 1) / kNearRows;
   const int64_t pair = number / runs, first_row = (number - pair * runs) * kNearRows;
   const int64_t batch = pair / p.heads, head = pair - batch * p.heads;
   if (batch >= p.batch) return;
   const int rows = static_cast<int>(min(int64_t{kNearRows}, p.rows - first_row));
-  // Row 0's; those of the next ones slide along.
+  // Of the first row; those of the others slide along.
   const auto position = static_cast<int>(p.keys - p.rows + first_row);
   const auto window_begin = static_cast<int>(position + 1 - p.window);
   const auto start =
       static_cast<int>(p.start_ptr ? min(max(p.start_ptr[batch], int64_t{0}), p.keys) : 0);
   const auto far_begin = static_cast<int>(min(start + p.sinks, p.keys));
 
-  float query[kNearRows][kDim];
+  uint32_t query[4] = {};
 #pragma unroll
-  for (int i = 0; i < kNearRows; ++i) {
-    const __half* q = head_rows<const __half>(p.q_index, batch, head) +
-                      (first_row + min(i, rows - 1)) * p.q_index.row_stride;
-#pragma unroll
-    for (int d = 0; d < kDim; ++d) query[i][d] = __half2float(q[d]) * kLog2OfDot;
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
+    if (row >= rows) continue;
+    const uint2 q = load_quarter(
+        head_rows<const __half>(p.q_index, batch, head) + (first_row + row) * p.q_index.row_stride,
+        t);
+    query[half] = q.x;
+    query[half + 2] = q.y;
   }
-  Log2Sum sums[kNearRows];
   const __half* keys = head_rows<const __half>(p.k_index, batch, p.index_map.heads[head]);
+  Log2Sum sum;  // of row g + 8 (t / 2) and every other block
   const auto add = [&](int begin, int end, int row_begin) {
-    for (int n = begin + lane; n < end; n += 32) {
-      const auto* key = reinterpret_cast<const uint4*>(keys + int64_t{n} * kDim);
-      const uint4 halves[2] = {__ldg(key), __ldg(key + 1)};
-      float dots[kNearRows] = {};
+#pragma unroll 1
+    for (int key = begin; key < end; key += kStep) {
+      const bool all = key >= row_begin + kNearRows - 1 && key + kStep <= min(end, position + 1);
+      PairMass<false> mass;
 #pragma unroll
-      for (int d = 0; d < kDim; ++d) {
-        const float k = __half2float(reinterpret_cast<const __half*>(halves)[d]);
-#pragma unroll
-        for (int i = 0; i < kNearRows; ++i) dots[i] = fmaf(query[i][d], k, dots[i]);
+      for (int b = 0; b < 2; ++b) {
+        const int first = key + b * kBlock;
+        const Scores scores = score(query, load_keys<true>(keys, first, end, g, t));
+        if (all) {
+          mass.take(b, scores, kLog2OfDot, t, [](int, int) { return true; });
+        } else {
+          mass.take(b, scores, kLog2OfDot, t, [&](int half, int i) {
+            const int n = first + i, row = g + 8 * half;
+            return n < end && n >= row_begin + row && n <= position + row;
+          });
+        }
       }
-#pragma unroll
-      for (int i = 0; i < kNearRows; ++i) {
-        if (n >= row_begin + i && n <= position + i) sums[i].add_rarely_larger(dots[i]);
-      }
+      sum.add(mass.finish(kLog2OfDot, t));
     }
   };
   add(start, min(far_begin, position + rows), start - kNearRows);
   add(max(far_begin, window_begin), position + rows, window_begin);
-#pragma unroll
-  for (int i = 0; i < kNearRows; ++i) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      sums[i].add(
-          {__shfl_xor_sync(kAll, sums[i].top, step), __shfl_xor_sync(kAll, sums[i].sum, step)});
-    }
-    if (lane == 0 && i < rows) near[pair * p.rows + first_row + i] = sums[i].value() / kLog2E;
-  }
+  sum.add({__shfl_xor_sync(kAll, sum.top, 1), __shfl_xor_sync(kAll, sum.sum, 1)});
+  const int row = g + 8 * (t / 2);
+  if (t % 2 == 0 && row < rows) near[pair * p.rows + first_row + row] = sum.value() / kLog2E;
 }
 
 }  // namespace rtpurbo::cuda::tiles

@@ -125,14 +125,6 @@ struct Log2Sum {
     top = larger;
   }
   __device__ void add(float exponent) { add({exponent, 1.0f}); }
-  /// The same where most exponents are smaller than one before.
-  __device__ void add_rarely_larger(float exponent) {
-    if (exponent > top) {
-      sum *= fast_exp2(top - exponent);
-      top = exponent;
-    }
-    sum += fast_exp2(exponent - softmax_shift(top));
-  }
   /// Makes it the power of 2 with the largest exponent so far.
   __device__ void keep_largest(float exponent) {
     if (exponent == -INFINITY) return;
