@@ -93,8 +93,8 @@ def draw_of_a_model(seed: int) -> dict:
     }
     if rng.random() < 0.5:
         case["q_index"] = case["q_index"].contiguous()
-    for name in ("offset", "start"):
-        if rng.random() < 0.5:
+    for name, share in {"offset": 0.5, "start": 0.5, "near_lse": 0.4}.items():
+        if rng.random() < share:
             case[name] = None
     return case
 
@@ -194,8 +194,10 @@ def test_random_tiles_of_a_model_take_the_kernel_for_hopper():
     names = kernels_of(lambda: [ops.select_tiles(**case) for case in cases])
     ran = sum("tile_maxima_kernel" in name for name in names)
     assert ran + sum("_scores_kernel" in name for name in names) == len(cases)
-    expected = sum(case["q_index"].shape[2] >= 128 for case in cases)
-    assert expected >= 500 and ran == (0 if PORTABLE else expected)
+    suited = [case for case in cases if case["q_index"].shape[2] >= 128]
+    assert len(suited) >= 500 and ran == (0 if PORTABLE else len(suited))
+    full = sum(case["near_lse"] is None for case in suited)
+    assert full >= 150 and sum("near_masses" in n for n in names) == (0 if PORTABLE else full)
 
 
 @pytest.mark.parametrize(
@@ -224,17 +226,21 @@ def test_the_kernel_for_hopper_runs_where_it_may(change, kernel):
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("seed", range(10))
-def test_splits_between_tiles_equal_one_pass(rank, seed, cuda_device):
+def test_splits_between_tiles_equal_one_pass(rank, full, seed, cuda_device):
     rng = random.Random(seed)
     rows = rng.randint(300, 1500)
     case = draw(3000 + seed, rows, rows, 16, torch.float16, "normal")
     case |= {"window": rng.choice([64, 300]), "sinks": 4, "min_blocks": 1, "rank": rank}
+    if full:
+        case["near_lse"] = None
     case = on_cuda(case)
     whole = ops.select_tiles(**case, capacity=64)
     cuts = sorted({0, rows, *(rng.randint(0, rows) // 128 * 128 for _ in range(3))})
     for a, b in pairwise(cuts):
-        part = case | {name: case[name][:, :, a:b] for name in ("q_index", "near_lse")}
+        rows_of = [name for name in ("q_index", "near_lse") if case[name] is not None]
+        part = case | {name: case[name][:, :, a:b] for name in rows_of}
         got = ops.select_tiles(**part | {"k_index": case["k_index"][:, :, :b]}, capacity=64)
         for one, all_of in zip(got, whole, strict=True):
             assert torch.equal(one, all_of[:, :, a // 128 : -(-b // 128)])
@@ -263,10 +269,16 @@ def test_strided_keys_equal_packed_ones(cuda_device):
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("window", [10, 350])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_bad_logits_select_every_visible_block(rank, bad, cuda_device):
+def test_bad_logits_select_every_visible_block(rank, full, window, bad, cuda_device):
+    """Of a far key, or in form `full` of one that is near for all rows but the last."""
     case = draw(3, 400, 200, 16, torch.float16, "normal")
-    case |= {"window": 10, "sinks": 2, "min_blocks": 0, "start": None, "rank": rank}
+    window = window if full else 10
+    case |= {"window": window, "sinks": 2, "min_blocks": 0, "start": None, "rank": rank}
+    if full:
+        case["near_lse"] = None
     case["q_index"] = case["q_index"].abs()
     case["k_index"][0, 1, 100, 3] = bad
     cpu, cuda = both(case)
@@ -277,38 +289,44 @@ def test_bad_logits_select_every_visible_block(rank, bad, cuda_device):
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])
-def test_keys_that_no_row_sees_are_not_used(rank, cuda_device):
+@pytest.mark.parametrize("full", [True, False])
+def test_keys_that_no_row_sees_are_not_used(rank, full, cuda_device):
     case = draw(4, 700, 256, 16, torch.float16, "normal")
     case |= {"window": 64, "sinks": 4, "min_blocks": 0, "rank": rank}
     case["start"] = torch.tensor([130, 130])
+    if full:
+        case["near_lse"] = None
     clean = ops.select_tiles(**on_cuda(case))
     case["k_index"][:, :, :130] = math.nan
-    case["k_index"][:, :, 640:] = math.nan  # in every window that reaches them
+    if not full:
+        case["k_index"][:, :, 640:] = math.nan  # in every window that reaches them
     for a, b in zip(clean, ops.select_tiles(**on_cuda(case)), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("dim", [16, 8])
-def test_twenty_runs_and_a_graph_give_the_same_bits(rank, dim, cuda_device):
+def test_twenty_runs_and_a_graph_give_the_same_bits(rank, full, dim, cuda_device):
     torch.manual_seed(0)
     arguments = (
         torch.randn(1, 4, 5000, dim, device=cuda_device, dtype=torch.float16),
         torch.randn(1, 4, 9000, dim, device=cuda_device, dtype=torch.float16),
         [0, 1, 2, 3], torch.full((4,), 0.9, device=cuda_device), 1024, 4, 4,
     )  # fmt: skip
-    options = {"near_lse": torch.full((1, 4, 5000), 5.0, device=cuda_device), "rank": rank}
-    assert_repeats(lambda: ops.select_tiles(*arguments, **options))
+    near = None if full else torch.full((1, 4, 5000), 5.0, device=cuda_device)
+    assert_repeats(lambda: ops.select_tiles(*arguments, near_lse=near, rank=rank))
 
 
 @pytest.mark.parametrize("rank", ["sum", "max"])
-def test_several_launches_equal_one(rank, cuda_device):
+@pytest.mark.parametrize("full", [True, False])
+def test_several_launches_equal_one(rank, full, cuda_device):
     """More tiles than the workspace holds at a time: each head alone needs fewer launches."""
     torch.manual_seed(1)
     heads, keys = 3, 65_536
     q_index = torch.randn(1, heads, keys, 16, device=cuda_device, dtype=torch.float16) * 2
     k_index = torch.randn(1, heads, keys, 16, device=cuda_device, dtype=torch.float16)
-    near = torch.full((1, heads, keys), 6.0, device=cuda_device)
+    near = None if full else torch.full((1, heads, keys), 6.0, device=cuda_device)
     threshold = torch.tensor([0.5, 0.8, 0.95], device=cuda_device)
     whole = ops.select_tiles(
         q_index, k_index, [2, 0, 1], threshold, 1024, 4, 4, near_lse=near, rank=rank
@@ -317,7 +335,7 @@ def test_several_launches_equal_one(rank, cuda_device):
         one = slice(j, j + 1)
         alone = ops.select_tiles(
             q_index[:, one], k_index, [key_head], threshold[one], 1024, 4, 4,
-            near_lse=near[:, one], rank=rank,
+            near_lse=None if near is None else near[:, one], rank=rank,
         )  # fmt: skip
         for a, b in zip(alone, whole, strict=True):
             assert torch.equal(a[:, 0], b[:, j])
@@ -343,18 +361,21 @@ def test_several_launches_of_a_head_equal_one(rank, cuda_device):
 
 
 @pytest.mark.usefixtures("memory_is_given_back")
-@pytest.mark.parametrize(("rank", "block_size"), [("max", 64), ("sum", 64), ("sum", 32)])
-def test_keys_beyond_2_to_the_31_elements(rank, block_size, cuda_device):
+@pytest.mark.parametrize(
+    ("rank", "block_size", "full"),
+    [("max", 64, False), ("max", 64, True), ("sum", 64, False), ("sum", 32, False)],
+)
+def test_keys_beyond_2_to_the_31_elements(rank, block_size, full, cuda_device):
     """Zeros but for one key; on Hopper of maxima, of tensor cores, and of any block size."""
     keys, rows, window = (1 << 27) + 4096, 128, 64
     best = keys - 1000
     q_index = torch.ones(1, 1, rows, 16, device=cuda_device, dtype=torch.float16)
     k_index = torch.zeros(1, 1, keys, 16, device=cuda_device, dtype=torch.float16)
     k_index[0, 0, best] = 16
+    near = None if full else torch.zeros(1, 1, rows, device=cuda_device)
     indices, counts, mass = ops.select_tiles(
         q_index, k_index, [0], torch.tensor([0.9], device=cuda_device), window, 0, 0,
-        block_size=block_size, capacity=16, near_lse=torch.zeros(1, 1, rows, device=cuda_device),
-        rank=rank,
+        block_size=block_size, capacity=16, near_lse=near, rank=rank,
     )  # fmt: skip
     forced = range((keys - rows - window + 1) // block_size, keys // block_size)
     assert indices[0, 0, 0, : counts.item()].tolist() == [best // block_size, *forced]
