@@ -50,8 +50,6 @@ SPARSE_GOALS = {
     (131_072, 0.15): 6.5, (131_072, 0.28): 5.5, (524_288, 0.12): 14.0, (1 << 20, 0.05): 30.0,
     (1 << 20, 0.08): 25.0,
 }  # fmt: skip
-LIST_PEERS = ("flash-attn-4", "cudnn-bsa", "flashinfer")
-"""Of equal block lists; only the fastest counts, so all must be passed as far."""
 NEAR_FLOPS, NEAR_FROM = 550e12, 65536
 """Of local heads at the default window, a second, and the keys from which on."""
 HEAD_SELECTION_SECONDS = {131_072: 0.45e-3, 1 << 20: 30e-3}
@@ -95,12 +93,10 @@ def lowest_density(keys: int, window: int) -> float:
 
 def goals(layer: Layer, parameters: dict[str, Any]) -> dict[str, float]:
     mode, keys, window = parameters["mode"], parameters["keys"], parameters.get("window")
-    if layer is SMALL and mode != "lists":
+    if layer is SMALL:
         return {"cudnn": 3.0} if mode == "sparse" else {}
     if mode == "dense" and keys >= 16384:
         return {"cudnn": 1.0}
-    if mode == "lists":
-        return dict.fromkeys(LIST_PEERS, 1.3)
     if mode == "layer" and window == WINDOW and keys in LAYER_GOALS:
         return {"flash": LAYER_GOALS[keys]}
     if mode == "sparse" and window == WINDOW:
@@ -153,7 +149,7 @@ def case_of(prefill: Prefill, parameters: dict[str, Any], causal: dict[str, Run]
         run=run,
         baselines={} if is_selection or mode == "attention" else baselines,
         flops=None if is_selection else flops,
-        goals={name: goal for name, goal in goals(layer, parameters).items() if name in baselines},
+        goals=goals(layer, parameters),
         goal_seconds=goal_seconds(layer, parameters, flops),
         device=prefill.device,
     )

@@ -100,21 +100,13 @@ def test_every_goal_has_its_case():
         for layer, keys in prefill_cuda.LENGTHS
         for p in prefill_cuda.parameters_at(layer, keys)
         for goal in [prefill_cuda.goals(layer, p)]
-        if goal and p["mode"] not in ("dense", "lists")
+        if goal and p["mode"] != "dense"
     ]
     expected = {(keys, None, goal) for keys, goal in prefill_cuda.LAYER_GOALS.items()}
     expected |= {(k, str(d), goal) for (k, d), goal in prefill_cuda.SPARSE_GOALS.items()}
     expected.add((32768, "0.19", 3.0))
     assert {(k, d, *goal.values()) for k, d, goal in goals} == expected
     assert len(goals) == len(expected)
-
-
-def test_goals_against_other_projects_stand_where_these_are_installed(monkeypatch):
-    lists = parameters("lists", 1, "0.3")
-    assert prefill_cuda.cases_at(LAYER, 1024, [lists], "cpu")[0].goals == {}
-    peers = {"flash-attn-4": lambda: None}
-    monkeypatch.setattr(prefill_cuda, "listed_peers", lambda *_: peers)
-    assert prefill_cuda.cases_at(LAYER, 1024, [lists], "cpu")[0].goals == {"flash-attn-4": 1.3}
 
 
 def test_lists_that_peers_can_take():
