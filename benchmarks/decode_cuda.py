@@ -56,7 +56,7 @@ HEADS = {
     SMALL.shape: SMALL,
     WIDE.shape: WIDE,
 }
-SHORT = [16, 256, 1024]
+SHORT = [16, 64, 256, 512, 1024, 2048]
 LENGTHS = [2**i * 1024 for i in range(2, 11)]
 DEFAULTS_SELECT = [(1, 51_200), (4, 24_576), (16, 14_336), (64, 12_544)]
 """Batch and keys: a few more than those from which on an H200 selects with 64 `min_tokens`."""
@@ -65,7 +65,7 @@ SHAPES: list[dict[str, Any]] = [
     *[
         dict(batch=batch, keys=keys)
         for batch in (2, 8, 32, 64)
-        for keys in (*SHORT, *LENGTHS[:4], 131_072)
+        for keys in (*SHORT, *LENGTHS[: 9 if batch <= 8 else 7])
     ],
     *[dict(batch=1, keys=keys, bits=bits) for bits in (8, 4) for keys in (131_072, 1_048_576)],
     *[
@@ -86,8 +86,8 @@ SHAPES: list[dict[str, Any]] = [
     *[
         dict(batch=batch, keys=keys, heads=layer.shape, selected=1024, min_tokens=64)
         for layer in (SMALL, WIDE)
-        for batch in (1, 4)
-        for keys in LENGTHS
+        for batch in (1, 4, 16, 64)
+        for keys in (*SHORT, *LENGTHS[: 9 if batch <= 4 else 4])
     ],
     *[
         dict(batch=1, keys=keys, **other)
