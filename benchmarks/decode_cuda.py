@@ -56,16 +56,15 @@ HEADS = {
     SMALL.shape: SMALL,
     WIDE.shape: WIDE,
 }
-SHORT = [16, 64, 256, 512, 1024, 2048]
-LENGTHS = [2**i * 1024 for i in range(2, 11)]
+LENGTHS = [16, 64, 256, 512, *(2**i * 1024 for i in range(11))]
 DEFAULTS_SELECT = [(1, 51_200), (4, 24_576), (16, 14_336), (64, 12_544)]
 """Batch and keys: a few more than those from which on an H200 selects with 64 `min_tokens`."""
 SHAPES: list[dict[str, Any]] = [
-    *[dict(batch=batch, keys=keys) for batch in (1, 4, 16) for keys in (*SHORT, *LENGTHS)],
     *[
         dict(batch=batch, keys=keys)
-        for batch in (2, 8, 32, 64)
-        for keys in (*SHORT, *LENGTHS[: 9 if batch <= 8 else 7])
+        for batch in (1, 4, 16, 2, 8, 32, 64)
+        for keys in LENGTHS
+        if batch * keys <= 1 << 24
     ],
     *[dict(batch=1, keys=keys, bits=bits) for bits in (8, 4) for keys in (131_072, 1_048_576)],
     *[
@@ -87,7 +86,8 @@ SHAPES: list[dict[str, Any]] = [
         dict(batch=batch, keys=keys, heads=layer.shape, selected=1024, min_tokens=64)
         for layer in (SMALL, WIDE)
         for batch in (1, 4, 16, 64)
-        for keys in (*SHORT, *LENGTHS[: 9 if batch <= 4 else 4])
+        for keys in LENGTHS
+        if batch * keys <= 1 << 22
     ],
     *[
         dict(batch=1, keys=keys, **other)

@@ -171,6 +171,12 @@ int64_t near_rows(const SelectTilesParams& p, const Workspace& w) {
   return w.halves && !p.near_lse_ptr ? p.batch * p.heads * p.rows : 0;
 }
 
+size_t lay_out(const SelectTilesParams& p, char* base, Workspace& w, float*& near) {
+  WorkspaceParts parts{base, lay_out(base, w)};
+  parts.take(near, near_rows(p, w));
+  return parts.bytes;
+}
+
 /// Makes them, and the parameters as if they were given.
 cudaError_t give_near(SelectTilesParams& p, float* near, cudaStream_t stream) {
   const int64_t runs = p.batch * p.heads * divide_up(p.rows, tiles::kNearRows);
@@ -188,21 +194,17 @@ cudaError_t give_near(SelectTilesParams& p, float* near, cudaStream_t stream) {
 size_t select_tiles_workspace(const SelectTilesParams& params) {
   const SelectTilesParams p = normalised(params);
   Workspace w = sizes(p);
-  WorkspaceParts parts{nullptr, lay_out(nullptr, w)};
   float* near;
-  parts.take(near, near_rows(p, w));
-  return parts.bytes;
+  return lay_out(p, nullptr, w, near);
 }
 
 cudaError_t launch_select_tiles(const SelectTilesParams& params, void* workspace,
                                 cudaStream_t stream) {
   SelectTilesParams p = normalised(params);
   Workspace w = sizes(p);
-  char* base = static_cast<char*>(workspace);
-  WorkspaceParts parts{base, lay_out(base, w)};
-  if (const int64_t rows = near_rows(p, w)) {
-    float* near;
-    parts.take(near, rows);
+  float* near;
+  lay_out(p, static_cast<char*>(workspace), w, near);
+  if (near_rows(p, w) > 0) {
     if (const cudaError_t error = give_near(p, near, stream)) return error;
   }
   const int64_t all_pairs = p.batch * p.heads, pairs = w.pairs, tiles = w.tiles;

@@ -41,10 +41,10 @@ __global__ __launch_bounds__(32 * kNearWarps) void near_masses_kernel(
   }
   const __half* keys = head_rows<const __half>(p.k_index, batch, p.index_map.heads[head]);
   Log2Sum sum;  // of row g + 8 (t / 2) and every other block
-  const auto add = [&](int begin, int end, int row_begin) {
+  const auto add = [&](int begin, int end) {
 #pragma unroll 1
     for (int key = begin; key < end; key += kStep) {
-      const bool all = key >= row_begin + kNearRows - 1 && key + kStep <= min(end, position + 1);
+      const bool all = key >= window_begin + kNearRows - 1 && key + kStep <= min(end, position + 1);
       PairMass<false> mass;
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
@@ -55,15 +55,15 @@ __global__ __launch_bounds__(32 * kNearWarps) void near_masses_kernel(
         } else {
           mass.take(b, scores, kLog2OfDot, t, [&](int half, int i) {
             const int n = first + i, row = g + 8 * half;
-            return n < end && n >= row_begin + row && n <= position + row;
+            return n < end && n <= position + row && (n < far_begin || n >= window_begin + row);
           });
         }
       }
       sum.add(mass.finish(kLog2OfDot, t));
     }
   };
-  add(start, min(far_begin, position + rows), start - kNearRows);
-  add(max(far_begin, window_begin), position + rows, window_begin);
+  add(start, min(far_begin, position + rows));
+  add(max(far_begin, window_begin), position + rows);
   sum.add({__shfl_xor_sync(kAll, sum.top, 1), __shfl_xor_sync(kAll, sum.sum, 1)});
   const int row = g + 8 * (t / 2);
   if (t % 2 == 0 && row < rows) near[pair * p.rows + first_row + row] = sum.value() / kLog2E;

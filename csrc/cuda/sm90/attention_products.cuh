@@ -15,6 +15,14 @@ inline constexpr int kRowBytes = kBoxColumns * 2;    // of a row of a panel
 inline constexpr int kPanelStep = kStep * 2;         // bytes to the next columns
 inline constexpr int kRowsStep = kStep * kRowBytes;  // bytes to the next rows
 
+/// 16 columns of a warp's 16 rows of queries, as the first operand; `thread` of the warpgroup.
+__device__ __forceinline__ void load_query(uint32_t (&fragment)[4], const unsigned char* panels,
+                                           int thread, int step) {
+  const int row = thread / 32 * 16 + thread % 16;
+  const int chunk = step % kPanelSteps * 2 + thread % 32 / 16;
+  ptx::ldmatrix_x4(fragment, panels + step / kPanelSteps * kBoxBytes + swizzled(row, chunk));
+}
+
 /// The queries of a warpgroup's 64 rows: in registers, which spares shared memory a third of the
 /// traffic of Q K^T, or where they are.
 template <int kDim, bool kInRegisters>
@@ -39,12 +47,9 @@ struct Queries<kDim, true> {
   uint32_t fragments[kDim / kStep][4];
 
   __device__ void load(const unsigned char* shared, int thread) {
-    const int row = thread / 32 * 16 + thread % 16;
 #pragma unroll
     for (int step = 0; step < kDim / kStep; ++step) {
-      const int chunk = step % kPanelSteps * 2 + thread % 32 / 16;
-      ptx::ldmatrix_x4(fragments[step],
-                       shared + step / kPanelSteps * kBoxBytes + swizzled(row, chunk));
+      load_query(fragments[step], shared, thread, step);
     }
   }
 
@@ -76,17 +81,15 @@ template <typename T, int kKeys, int kDim>
 __device__ __forceinline__ void multiply_keys_alone(float (&scores)[kKeys / 2],
                                                     const unsigned char* queries,
                                                     const unsigned char* shared, int panel_bytes) {
-  const int lane = threadIdx.x % 32;
-  const int row = threadIdx.x / 32 % 4 * 16 + lane % 16, key = lane / 16 * 8 + lane % 8;
+  const int lane = threadIdx.x % 32, key = lane / 16 * 8 + lane % 8;
 #pragma unroll
   for (float& score : scores) score = 0.0f;
 #pragma unroll 1
   for (int step = 0; step < kDim / kStep; ++step) {
-    const int panel = step / kPanelSteps, first_chunk = step % kPanelSteps * 2;
     uint32_t q[4];
-    ptx::ldmatrix_x4(q, queries + panel * kBoxBytes + swizzled(row, first_chunk + lane / 16));
-    const unsigned char* keys =
-        shared + panel * panel_bytes + swizzled(key, first_chunk + lane / 8 % 2);
+    load_query(q, queries, threadIdx.x % kWarpgroup, step);
+    const int chunk = step % kPanelSteps * 2 + lane / 8 % 2;
+    const unsigned char* keys = shared + step / kPanelSteps * panel_bytes + swizzled(key, chunk);
 #pragma unroll
     for (int j = 0; j < kKeys / 8; j += 2) {
       uint32_t k[4];
