@@ -17,16 +17,15 @@ from rtpurbo.context import LayerContext
 from rtpurbo.short_inputs.fast import FAST_INDEX_DIM
 from rtpurbo.tiles import TILE
 
-PREFILL_SECONDS = 7.5e-5
-"""Of the launches of `near_lse` and `select_tiles`."""
+PREFILL_SECONDS = 8e-5
+"""Of the launches of `near_lse` and `select_tiles`, or of both of the latter."""
 CHOICE_SECONDS = 8e-8
 """Of a tile's pooling and choice."""
 LISTED_SHARE = 0.3
 """Of a head's far pairs of a row and a key that its lists keep, as short inputs want them."""
 
-ATTENTION_SECONDS = {64: 0.63e-12, 128: 0.84e-12, 256: 1.6e-12}
-"""Of a pair in 16-bit types, by head dim; others as the next larger. Dense heads of 64 take 0.55 of
-these by now; the choices that measured best are still those with 0.63."""
+ATTENTION_SECONDS = {64: 0.61e-12, 128: 0.75e-12, 256: 1.4e-12}
+"""Of a pair in 16-bit types, by head dim; others as the next larger."""
 LONE_KEY_PAIRS = 13_500
 """What the whole device does while one multiprocessor, alone, does a key of a tile."""
 PART_KEYS = 1536
@@ -34,9 +33,9 @@ PART_KEYS = 1536
 NEAR_LSE_SECONDS = 0.39e-12, 2.2e-15
 """Of a pair of `near_lse`, fixed and for each dimension of a head."""
 FAR_SCORE_SECONDS = 0.1e-12
-"""Of a pair of `select_tiles` in form `beyond_window`."""
-FULL_SCORE_SECONDS = 1.5e-12, 0.2e-12
-"""In form `full`, of a near pair and of a far one."""
+"""Of a far pair of `select_tiles`."""
+NEAR_MASS_SECONDS = 0.4e-12, 7.6e-8
+"""Of a near pair and of a tile of `select_tiles` in form `full`, which has no `near_lse`."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,11 @@ def selection_seconds(prefill: PrefillPass) -> float:
     if prefill.beyond_window:
         fixed, by_dim = NEAR_LSE_SECONDS
         near = max(near, min(max(prefill.lengths, default=0), prefill.near) * LONE_KEY_PAIRS)
-        near_seconds, far_seconds = fixed + by_dim * prefill.dim, FAR_SCORE_SECONDS
+        near_seconds, tile_seconds = fixed + by_dim * prefill.dim, 0.0
     else:
-        near_seconds, far_seconds = FULL_SCORE_SECONDS
-    return near_seconds * near + far_seconds * far + CHOICE_SECONDS * tiles
+        near_seconds, tile_seconds = NEAR_MASS_SECONDS
+    tile_seconds += CHOICE_SECONDS
+    return near_seconds * near + FAR_SCORE_SECONDS * far + tile_seconds * tiles
 
 
 def _triangle(n: int) -> int:

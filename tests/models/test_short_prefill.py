@@ -71,11 +71,12 @@ def test_the_rule_is_what_was_measured(layer, lengths, rows, window, near, spare
     "keys, window, beyond_window, measured",
     [
         (32768, 8192, True, 1034e-6), (65536, 1024, True, 1296e-6), (65536, 8192, True, 2530e-6),
-        (32768, 8192, False, 2037e-6), (65536, 1024, False, 2591e-6), (65536, 8192, False, 5416e-6),
+        (32768, 1024, False, 455e-6), (32768, 8192, False, 803e-6),
     ],
 )  # fmt: skip
 def test_selection_takes_what_was_measured(keys, window, beyond_window, measured):
-    """`near_lse` and `select_tiles` of 5 heads of dim 128 on an H200; launches are 60 us of it."""
+    """`near_lse` and `select_tiles` of 5 heads of dim 128 on an H200, where launches are 60 us of
+    it; in form `full` `select_tiles` on an H100."""
     given = of(LARGE, keys, window, beyond_window=beyond_window)
     assert selection_seconds(given) == pytest.approx(measured, rel=0.15)
 
