@@ -106,8 +106,8 @@ def svd_projections(cov_q: Tensor, cov_k: Tensor, rank: int) -> tuple[Tensor, Te
     moments [D, D]. Directions beyond D are zero.
     """
     dim = cov_q.shape[-1]
-    root_q, inverse_q = _roots(cov_q.double())
-    root_k, inverse_k = _roots(cov_k.double())
+    root_q, inverse_q = symmetric_roots(cov_q.double())
+    root_k, inverse_k = symmetric_roots(cov_k.double())
     u, s, vt = torch.linalg.svd(root_q @ root_k)
     kept = min(rank, dim)
     scale = s[:kept, None].sqrt() * (rank / dim) ** 0.25
@@ -117,7 +117,8 @@ def svd_projections(cov_q: Tensor, cov_k: Tensor, rank: int) -> tuple[Tensor, Te
     return w_q, w_k
 
 
-def _roots(cov: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric_roots(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """cov^1/2 and cov^-1/2 of a covariance [D, D]; what it lacks counts as next to nothing."""
     values, vectors = torch.linalg.eigh(cov)
     floor = values.amax().clamp_min(torch.finfo(torch.float64).tiny) * 1e-9
     root = values.clamp_min(floor).sqrt()

@@ -12,9 +12,10 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from rtpurbo import EvalReport, HeadMap
+from rtpurbo import EvalReport, HeadMap, ops
 from rtpurbo.files import read_json
 from tests.front import DOCUMENTS, ROLES, network, saved
+from tests.reference.quantize_index import dequantize
 from tests.tokenizers import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -87,8 +88,8 @@ def test_the_true_mass_of_lists_and_their_density(monkeypatch):
 
 def test_reports_of_accuracy_and_tile_mass(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(EXAMPLES)
-    accuracy, tile_mass, tile_ranks = map(
-        importlib.import_module, ("accuracy", "tile_mass", "tile_ranks")
+    accuracy, index_bits, tile_mass, tile_ranks = map(
+        importlib.import_module, ("accuracy", "index_bits", "tile_mass", "tile_ranks")
     )
     monkeypatch.setattr(accuracy, "load", lambda _, dtype: (network().to(dtype), byte_tokenizer()))
     monkeypatch.setattr("rtpurbo.data.prose", lambda **_: DOCUMENTS)
@@ -111,6 +112,7 @@ def test_reports_of_accuracy_and_tile_mass(monkeypatch, tmp_path):
     run(accuracy, "greedy --dtype bfloat16 --length 1024 --prompts 2 --tokens 3")
     run(tile_mass, "--lengths 512 --sequences 1 --calibrate")
     run(tile_ranks, "tiles --lengths 2048 --sequences 1")
+    run(index_bits, "--lengths 1000 --sequences 1")
     texts = read_json(tmp_path / "greedy-beyond_window-dense-16-bfloat16-1.0-1024.json")
     assert [text["equal"] for text in texts["results"]] == [True, True]
     assert texts["hardware"].keys() == {"cpu", "capability", "threads", "gpus"}
@@ -118,6 +120,25 @@ def test_reports_of_accuracy_and_tile_mass(monkeypatch, tmp_path):
     mass = read_json(tmp_path / "tile-mass-beyond_window-calibrated.json")
     assert mass["settings"]["prefill"] == "sparse"
     assert mass["results"].keys() == {"512 retrieval", "512 prose"}
+    found = read_json(tmp_path / "index-bits-beyond_window.json")["results"]
+    for kind in ("retrieval", "other"):
+        exact, fine, coarse = (found[f"1000 {kind}, {bits} bits"] for bits in (16, 8, 4))
+        assert exact["error"] == 0 and exact["same"] == 1
+        assert 0 < fine["error"] < 0.2 * coarse["error"]
+        assert 0.5 < coarse["same"] < 1
+        assert exact["far tokens"] >= 64 and exact["worst 5 %"] < exact["mass"] <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_keys_rounded_to_few_bits(monkeypatch, bits):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    keys = torch.randn(1, 2, 150, 5).half()
+    found = importlib.import_module("index_bits").rounded(keys, bits)
+    whole = dequantize(*ops.quantize_index(keys[:, :, :128], bits))
+    torch.testing.assert_close(found[:, :, :128], whole.float())
+    last = keys[:, :, 128:].float()
+    step = (last.amax(2) - last.amin(2)) / (2**bits - 1)
+    assert ((found[:, :, 128:] - last).abs() <= 0.51 * step[:, :, None] + 1e-3).all()
 
 
 def test_where_texts_part(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo import families, ops
+from rtpurbo.adapt.balance import Balance
 from rtpurbo.adapt.calibrate import Calibration
 from rtpurbo.adapt.loop import Loop, Schedule, TrainResult
 from rtpurbo.adapt.samples import Sample, Samples, fingerprint
@@ -50,8 +51,9 @@ def train_index(
     Per retrieval head the loss is the mean over rows m of KL(a_full(m) || a_index(m)); with
     index="beyond_window" keys inside sinks and window keep their true logits in a_index. Heads
     train independently: their losses are summed and each head's gradient is clipped to norm 1.
-    The projections start from the singular directions of the pre-RoPE q.k on the data. AdamW,
-    weight decay 0.01, linear warm-up, cosine decay.
+    The projections start from the singular directions of the pre-RoPE q.k on the data, and end in
+    the basis in which 8 or 4 bits an index key cost least. AdamW, weight decay 0.01, linear
+    warm-up, cosine decay.
 
     Args:
         model: sparsified; its weights are not changed.
@@ -117,13 +119,14 @@ def train_index(
         before = resume.extra
     result = loop.run(task, resume, extra=before)
     task.store()
-    calibration = Calibration(patched.config, patched.index)
-    after = task.measure(measured, calibration)
+    calibration, balance = Calibration(patched.config, patched.index), Balance(patched.index)
+    after = task.measure(measured, calibration.observe, balance.observe)
     result.metrics = {
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
         **calibration.store(),
     }
+    balance.store()
     patched.index.history["stage 1"] = {"steps": result.steps, **result.metrics}
     return result
 
@@ -219,9 +222,10 @@ class IndexTask:
 
     @torch.no_grad()
     def measure(
-        self, samples: list[int], calibration: Calibration | None = None
+        self, samples: list[int], *observers: Callable[[LayerContext, Tensor, Tensor], None]
     ) -> dict[str, float]:
-        """Mean KL of rows at regular distances and of retrieval rows; calibrates on the way."""
+        """Mean KL of rows at regular distances and of retrieval rows; observers see each layer's
+        context, q and k on the way."""
         sums: dict[str, float] = {}
         for sample in samples:
             item = self._samples[sample]
@@ -238,8 +242,8 @@ class IndexTask:
             ) -> None:
                 if context.heads:
                     kls.append(self._kl(_LayerInputs.of(context, q, k, rows), rows)[1][0])
-                    if calibration is not None:
-                        calibration.observe(context, q, k)
+                    for observe_layer in observers:
+                        observe_layer(context, q, k)
 
             self._forward(item.tokens, look)
             figures = _figures(torch.cat(kls), retrieval)
