@@ -79,12 +79,11 @@ def look(context: LayerContext, q: Tensor, k: Tensor, rows: Tensor, into: dict[i
         context.q_pre[:, :, rows].float(), context.k_pre.float(), layer.w_q, layer.w_k,
         layer.heads, layer.kv_heads, torch.float16,
     )  # fmt: skip
-    exact, chosen_by_exact = torch.empty(0), torch.empty(0)
+    exact, chosen_by_exact, forced = torch.empty(0), torch.empty(0), near_lse
     for bits in BITS:
         keys = rounded(k_index, bits)[0, layer.index_map]
         scores = q_index[0].float() @ keys.mT * q_index.shape[-1] ** -0.5
-        forced = near_lse
-        if not beyond:
+        if bits == 16 and not beyond:
             forced = scores.masked_fill(~near, -torch.inf).logsumexp(-1)
         shifted = scores + layer.offset[:, None, None] if beyond else scores
         candidates = shifted.masked_fill(~far, -torch.inf).flatten(0, 1)
@@ -124,7 +123,7 @@ def main() -> None:
         for sequence in asked:
             found = torch.tensor([row for row in sequence.rows if row > first])
             rows = {
-                "retrieval": found[:: -(-len(found) // ROWS)],
+                "retrieval": found[:: max(1, -(-len(found) // ROWS))],
                 "other": torch.linspace(first + 1, length - 1, ROWS).long(),
             }
 

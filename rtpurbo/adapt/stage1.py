@@ -52,7 +52,7 @@ def train_index(
     index="beyond_window" keys inside sinks and window keep their true logits in a_index. Heads
     train independently: their losses are summed and each head's gradient is clipped to norm 1.
     The projections start from the singular directions of the pre-RoPE q.k on the data, and end in
-    the basis in which 8 or 4 bits an index key cost least. AdamW, weight decay 0.01, linear
+    a basis in which 8 or 4 bits an index key cost little. AdamW, weight decay 0.01, linear
     warm-up, cosine decay.
 
     Args:

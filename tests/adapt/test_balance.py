@@ -1,14 +1,12 @@
 """The basis of an index: scores stay, and few bits a key cost them less."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from rtpurbo import ops
 from rtpurbo.adapt import train_index
-from rtpurbo.adapt.balance import Balance, balancing
+from rtpurbo.adapt.balance import Balance, balancing, key_moments
 from rtpurbo.patching import observe, state
 from tests.adapt import tiny
 from tests.reference.quantize_index import dequantize
@@ -112,18 +110,49 @@ def test_a_trained_index_is_balanced() -> None:
         torch.testing.assert_close(of_queries, of_keys, rtol=0.01, atol=near)
 
 
-def test_what_a_whole_block_shares_costs_nothing() -> None:
+def stored_error(queries: Tensor, keys: Tensor, bits: int, exact: Tensor) -> float:
+    """Of scores whose keys [N, r] are float16, and then of fewer bits."""
+    held = keys.half()
+    if bits < 16:
+        held = dequantize(*ops.quantize_index(held[None, None], bits))[0, 0]
+    return float((queries.double() @ held.double().T - exact).square().mean())
+
+
+@pytest.mark.parametrize(
+    "mean, spread, most", [(0.0, 1.0, 1.2), (50.0, 0.1, 1.2), (50.0, 0.01, 1.2), (200.0, 0.01, 2.0)]
+)
+def test_keys_with_a_large_mean_are_not_blown_up(mean: float, spread: float, most: float) -> None:
+    """As where a projection has a bias: what float16 rounds would outweigh what bits round, and
+    turned, it is rounded in every dimension."""
+    queries, keys = torch.randn(256, 16), torch.randn(2048, 16)
+    keys[:, 3] = mean + spread * keys[:, 3]
+    exact = queries.double() @ keys.double().T
+    of_queries = queries.double().T @ queries.double() / 256
+    to_queries, to_keys = balancing(of_queries, key_moments(keys[None])[0])
+    moved = (queries.double() @ to_queries.T).float(), (keys.double() @ to_keys.T).float()
+    fine, coarse = (stored_error(queries, keys, bits, exact) for bits in (8, 4))
+    assert stored_error(*moved, 16, exact) < fine
+    assert stored_error(*moved, 8, exact) < most * fine
+    assert stored_error(*moved, 4, exact) < most * coarse
+
+
+def test_what_a_block_shares_hardly_counts() -> None:
+    keys = torch.randn(2, 640, 8)
+    shift = 3 * torch.randn(2, 10, 8).repeat_interleave(64, 1)
+    alone, shifted = key_moments(keys), key_moments(keys + shift)
+    torch.testing.assert_close(shifted, alone, rtol=0, atol=0.05)
+    torch.testing.assert_close(key_moments(keys[:, :63]), torch.zeros(2, 8, 8).double())
+
+
+def test_an_index_of_nan_stays() -> None:
     model = tiny.model()
-    balance = Balance(state(model).index)
-
-    def shifted(context, q, k) -> None:
-        blocks = torch.arange(context.k_pre.shape[2]) // 64
-        shift = torch.randn(int(blocks[-1]) + 1, context.k_pre.shape[3]) * 100
-        balance.observe(replace(context, k_pre=context.k_pre + shift[blocks]), q, k)
-
+    index = state(model).index
+    layer = index.layers[1]
+    layer.w_k[0] = torch.nan
+    w_q = layer.w_q.clone()
+    balance = Balance(index)
     show(model, balance.observe)
-    alone = {number: keys for number, (_, keys) in balance._sums.items()}
-    balance._sums.clear()
-    show(model, shifted)
-    for number, (_, keys) in balance._sums.items():
-        torch.testing.assert_close(keys, alone[number], rtol=1e-3, atol=1e-3)
+    balance.store()
+    readers = [entry for entry, key in enumerate(layer.index_map) if key == 0]
+    assert torch.equal(layer.w_q[readers], w_q[readers])
+    assert layer.w_k[0].isnan().all() and layer.w_k[1:].isfinite().all()

@@ -62,7 +62,8 @@ def of(layer, lengths, window, rows=None, near=None, **others):
     ],
 )  # fmt: skip
 def test_the_rule_is_what_was_measured(layer, lengths, rows, window, near, spared):
-    """`spared`: us of a layer by lists against dense retrieval heads, on an H100, as graphs."""
+    """`spared`: us of a layer by lists against dense retrieval heads, on an H100, as graphs; by
+    an earlier run, of slower attention, whose signs are those of the kept one."""
     given = of(layer, lengths, window, rows, near)
     assert (seconds_spared(given) > 0) == (spared > 0)
 
@@ -75,8 +76,8 @@ def test_the_rule_is_what_was_measured(layer, lengths, rows, window, near, spare
     ],
 )  # fmt: skip
 def test_selection_takes_what_was_measured(keys, window, beyond_window, measured):
-    """`near_lse` and `select_tiles` of 5 heads of dim 128 on an H200, where launches are 60 us of
-    it; in form `full` `select_tiles` on an H100."""
+    """`near_lse` and `select_tiles` of 5 heads of dim 128 on an H200, launches and all; in form
+    `full` `select_tiles` on an H100."""
     given = of(LARGE, keys, window, beyond_window=beyond_window)
     assert selection_seconds(given) == pytest.approx(measured, rel=0.15)
 
