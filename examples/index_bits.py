@@ -62,7 +62,9 @@ def rounded(k_index: Tensor, bits: int) -> Tensor:
     return (low + step * codes)[:, :, :length]
 
 
-def look(context: LayerContext, q: Tensor, k: Tensor, rows: Tensor, into: dict[int, Figures]):
+def look(
+    context: LayerContext, q: Tensor, k: Tensor, rows: Tensor, into: dict[int, Figures]
+) -> None:
     """Adds the figures of rows [M] of a layer's retrieval heads, for each number of bits."""
     config, layer, length = context.state.config, context.index, k.shape[2]
     assert context.q_pre is not None and context.k_pre is not None
@@ -73,31 +75,37 @@ def look(context: LayerContext, q: Tensor, k: Tensor, rows: Tensor, into: dict[i
     near = visible & ((n > rows[:, None] - config.near_window) | (n < config.sinks))
     far = visible & ~near
     attention = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-    near_lse = logits.masked_fill(~near, -torch.inf).logsumexp(-1)
-    beyond = config.index == "beyond_window"
     q_index, k_index = ops.index_project(
         context.q_pre[:, :, rows].float(), context.k_pre.float(), layer.w_q, layer.w_k,
         layer.heads, layer.kv_heads, torch.float16,
     )  # fmt: skip
-    exact, chosen_by_exact, forced = torch.empty(0), torch.empty(0), near_lse
-    for bits in BITS:
+
+    def score(bits: int) -> Tensor:
         keys = rounded(k_index, bits)[0, layer.index_map]
-        scores = q_index[0].float() @ keys.mT * q_index.shape[-1] ** -0.5
-        if bits == 16 and not beyond:
-            forced = scores.masked_fill(~near, -torch.inf).logsumexp(-1)
+        return q_index[0].float() @ keys.mT * q_index.shape[-1] ** -0.5
+
+    exact = score(16)
+    beyond = config.index == "beyond_window"
+    near_lse = (logits if beyond else exact).masked_fill(~near, -torch.inf).logsumexp(-1)
+
+    def select(scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Which keys, and how many."""
         shifted = scores + layer.offset[:, None, None] if beyond else scores
         candidates = shifted.masked_fill(~far, -torch.inf).flatten(0, 1)
         members, counts, _ = ops.top_p(
-            candidates, config.top_p, config.min_tokens, forced.flatten()
+            candidates, config.top_p, config.min_tokens, near_lse.flatten()
         )
         # What pads a list goes to a column of its own.
         chosen = torch.zeros(len(members), length + 1, dtype=torch.bool)
         chosen.scatter_(1, members.long() % (length + 1), True)
-        chosen = chosen[:, :length].view_as(attention)
-        if bits == 16:
-            exact, chosen_by_exact = scores, chosen
+        return chosen[:, :length].view_as(attention), counts
+
+    of_exact = select(exact)
+    for bits in BITS:
+        scores = exact if bits == 16 else score(bits)
+        chosen, counts = of_exact if bits == 16 else select(scores)
         error = ((scores - exact).square() * far).sum(-1) / far.sum(-1)
-        same = (chosen & chosen_by_exact).sum(-1) / chosen_by_exact.sum(-1).clamp(min=1)
+        same = (chosen & of_exact[0]).sum(-1) / of_exact[0].sum(-1).clamp(min=1)
         mass = (attention * (chosen | near)).sum(-1)
         into[bits].add(**{"far tokens": counts, "mass": mass, "same": same, "squared error": error})
 

@@ -138,8 +138,8 @@ def selection_seconds(prefill: PrefillPass) -> float:
         near_seconds, tile_seconds = fixed + by_dim * prefill.dim, 0.0
     else:
         near_seconds, tile_seconds = NEAR_MASS_SECONDS
-    tile_seconds += CHOICE_SECONDS
-    return near_seconds * near + FAR_SCORE_SECONDS * far + tile_seconds * tiles
+    of_tiles = (tile_seconds + CHOICE_SECONDS) * tiles
+    return near_seconds * near + FAR_SCORE_SECONDS * far + of_tiles
 
 
 def _triangle(n: int) -> int:
