@@ -34,7 +34,7 @@ from rtpurbo.tiles import TILE_RANK
 
 ASSETS = Path(__file__).parent.parent / "assets" / "smollm2-135m-32k"
 INDEX: dict[str, Any] = {
-    "form": "beyond_window", "prefill": "dense", "index_bits": 16, "refine": False,
+    "form": "beyond_window", "top_p": 0.9, "prefill": "dense", "index_bits": 16, "refine": False,
     "train_length": 8192, "steps": 120, "updates": 4,
 }  # fmt: skip
 """What `sparse_model` is asked for, unless arguments say otherwise."""
@@ -113,6 +113,7 @@ def sparse_model(
         ).metrics  # fmt: skip
         tensors = {f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.tensors().items()}
         save_file(tensors, path, {"stage 1": json.dumps(metrics), "tile rank": TILE_RANK})
+    state(model).config = replace(config, top_p=arguments.top_p)  # after thresholds were set
     print(f"index={arguments.form}, trained at {length}: {metrics}", flush=True)
     return model, tokenizer, metrics
 
@@ -131,7 +132,8 @@ def needles(arguments: argparse.Namespace) -> None:
         modes=arguments.modes,
     )  # fmt: skip
     report.settings.update({"stage 1": metrics, "arguments": asked(arguments)})
-    report.save(arguments.output / f"needles-{kind_of(arguments)}.json")
+    mass = "" if arguments.top_p == INDEX["top_p"] else f"-{arguments.top_p}"
+    report.save(arguments.output / f"needles-{kind_of(arguments)}{mass}.json")
     print(report.to_markdown(), flush=True)
 
 
@@ -152,7 +154,7 @@ def greedy(arguments: argparse.Namespace) -> None:
     """Greedy text on the CPU and on the device, token for token."""
     model, tokenizer, _ = sparse_model(arguments, getattr(torch, arguments.dtype))
     found, length = state(model), arguments.length
-    found.config = replace(found.config, window=length // 8, top_p=arguments.top_p)
+    found.config = replace(found.config, window=length // 8)
     prose = rtpurbo.data.prose()
     prompts = rtpurbo.data.excerpts(tokenizer, prose, length, arguments.prompts - 1)
     last = rtpurbo.data.needle_prompts(tokenizer, prose, length, needles=8)[0].tokens
@@ -226,6 +228,7 @@ def main() -> None:
         parsers[name] = first = commands.add_parser(name)
         first.set_defaults(run=run, **INDEX)
         first.add_argument("--form", choices=["beyond_window", "full"])
+        first.add_argument("--top-p", type=float)
         first.add_argument("--prefill", choices=["dense", "sparse"])
         first.add_argument("--index-bits", type=int, choices=[4, 8, 16])
         first.add_argument("--refine", action="store_true", help="score again in 16 bits")
@@ -236,7 +239,7 @@ def main() -> None:
         parsers[name].add_argument("--device", default="cpu")
     text = parsers["greedy"]
     text.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    text.add_argument("--top-p", type=float, default=1.0)
+    text.set_defaults(top_p=1.0)
     text.add_argument("--length", type=int, default=2048)
     text.add_argument("--prompts", type=int, default=4)
     text.add_argument("--tokens", type=int, default=40)

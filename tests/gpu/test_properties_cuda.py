@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rtpurbo import ops
 from tests.gpu import test_cache_append_projected_cuda, test_cache_cuda, test_index_project_cuda
+from tests.gpu import test_sparse_decode_cuda as layers
 from tests.ops import test_attention_properties as attention
 from tests.ops import test_cache_properties as cache
 from tests.ops import test_decode_properties as decode
@@ -103,3 +104,14 @@ def test_property_holds_on_cuda(check, cuda_device, monkeypatch):
 @pytest.mark.parametrize("check", SEEDED, ids=lambda check: check.__module__.rpartition(".")[2])
 def test_random_cases_hold_for_any_seed(check):
     given(seed=st.integers(0, 2**32))(check)()
+
+
+def test_layers_of_thousands_of_keys_hold(cuda_device):
+    """With a sieve, in a quarter of them: a multiprocessor has thousands of scores there."""
+    check = layers.test_a_step_selects_enough_and_attends_to_it
+
+    @given(seed=st.integers(0, 2**32), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+    def holds(seed, dtype):
+        check(seed, dtype, cuda_device)
+
+    holds()

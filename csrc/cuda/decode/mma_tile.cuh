@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/ptx/cp_async.cuh"
+#include "csrc/cuda/ptx/evict_first.cuh"
 #include "csrc/cuda/ptx/mad_wide.cuh"
 
 namespace rtpurbo::cuda {
@@ -62,8 +63,8 @@ class RowCopies {
       char* to = stage + first / 8 * 8 * Tile::kRowBytes + place_[first / kRowsAtOnce % 2];
 #pragma unroll
       for (int bytes = 0; bytes < Tile::kRowBytes; bytes += kLanesOfRow * 16) {
-        ptx::cp_async_16(to + bytes, k + bytes, some);
-        ptx::cp_async_16(to + Tile::kTileBytes + bytes, v + bytes, some);
+        ptx::cp_async_16(to + bytes, k + bytes, some, policy_);
+        ptx::cp_async_16(to + Tile::kTileBytes + bytes, v + bytes, some, policy_);
       }
     }
   }
@@ -74,6 +75,7 @@ class RowCopies {
   const char *k_, *v_;  // the lane's bytes of row 0
   int k_stride_, v_stride_;
   int place_[2];  // in a tile, of the lane's bytes of its first rows, and of those four further
+  const uint64_t policy_ = ptx::evict_first();
 };
 
 }  // namespace rtpurbo::cuda

@@ -20,6 +20,19 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
       : "memory");
 }
 
+/// The same with a cache policy for what is read.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
+                                            uint64_t policy) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ignores;\n"
+      "setp.eq.b32 ignores, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, ignores, %3;\n"
+      "}\n" ::"r"(shared_address(shared)),
+      "l"(global), "r"(static_cast<int>(valid)), "l"(policy)
+      : "memory");
+}
+
 /// Closes a group of the copies that this thread started since the last one.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

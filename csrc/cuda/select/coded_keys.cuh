@@ -52,7 +52,7 @@ struct CodedBlock {
     const Key* keys = reinterpret_cast<const Key*>(codes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Key key = __ldg(&keys[lane + 32 * i]);
+      const Key key = __ldcs(&keys[lane + 32 * i]);  // read once
       block.keys[i][0] = key.x;
       block.keys[i][1] = key.y;
       if constexpr (kBits == 8) {

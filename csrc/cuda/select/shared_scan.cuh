@@ -117,10 +117,11 @@ class SharedScan {
       return ptx::offset_by(keys_ + lane_bytes(), first + lane / 4, stride_);
     }
 
+    /// Read once.
     __device__ Tile tile(const char* own, int i) const {
       const int64_t half = int64_t{stride_} * (kTileKeys / 2);
-      return {__ldg(reinterpret_cast<const uint2*>(own + 2 * i * half)),
-              __ldg(reinterpret_cast<const uint2*>(own + (2 * i + 1) * half))};
+      return {__ldcs(reinterpret_cast<const uint2*>(own + 2 * i * half)),
+              __ldcs(reinterpret_cast<const uint2*>(own + (2 * i + 1) * half))};
     }
 
     /// A tile from the lane's key n on, of which those from `end` on repeat the last before it.

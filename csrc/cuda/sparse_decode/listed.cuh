@@ -6,6 +6,7 @@
 #include "csrc/cuda/decode/keys.cuh"
 #include "csrc/cuda/element.cuh"
 #include "csrc/cuda/ptx/cp_async.cuh"
+#include "csrc/cuda/ptx/evict_first.cuh"
 #include "csrc/cuda/ptx/mad_wide.cuh"
 #include "csrc/cuda/select/selector.cuh"
 #include "csrc/cuda/softmax.cuh"
@@ -111,15 +112,16 @@ class ListedAttention {
     const T *own_k_rows = k + column(), *own_v_rows = v + column();
     const int k_bytes = static_cast<int>(k_stride * sizeof(T));
     const int v_bytes = static_cast<int>(v_stride * sizeof(T));
+    const uint64_t policy = ptx::evict_first();
     uint32_t seen = 0;  // bit i: the lane's key of arrivals[i] is one
     const auto fetch = [&](int step, int place) {
       if (step < end) {
         const int j = step * kRows + lane / kLanes;
         const int n = j < keys ? row_of(j) : -1, row = max(n, 0);
-        ptx::cp_async_16(&arrivals[place].k[lane], ptx::offset_by(own_k_rows, row, k_bytes),
-                         n >= 0);
-        ptx::cp_async_16(&arrivals[place].v[lane], ptx::offset_by(own_v_rows, row, v_bytes),
-                         n >= 0);
+        ptx::cp_async_16(&arrivals[place].k[lane], ptx::offset_by(own_k_rows, row, k_bytes), n >= 0,
+                         policy);
+        ptx::cp_async_16(&arrivals[place].v[lane], ptx::offset_by(own_v_rows, row, v_bytes), n >= 0,
+                         policy);
         seen = (seen & ~(1u << place)) | static_cast<uint32_t>(n >= 0) << place;
       }
       ptx::cp_async_commit();
