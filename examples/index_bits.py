@@ -5,8 +5,9 @@
 
 Of rows of held-out sequences, dense prefill: those that retrieve, and others at equal distances.
 Far keys are all quantised, also what has no whole block yet. Mass is the full attention's on near
-keys and the selected ones; `same` the share of what 16 bits select that fewer bits select, too;
-`error` the root mean square of a far key's score less that of 16 bits, before the offset.
+keys and the selected ones; `same` the share of what 16 bits select that fewer bits select, too,
+`inside` the share among twice as many, which `refine` scores again; `error` the root mean square of
+a far key's score less that of 16 bits, before the offset.
 """
 
 from __future__ import annotations
@@ -106,8 +107,14 @@ def look(
         chosen, counts = of_exact if bits == 16 else select(scores)
         error = ((scores - exact).square() * far).sum(-1) / far.sum(-1)
         same = (chosen & of_exact[0]).sum(-1) / of_exact[0].sum(-1).clamp(min=1)
+        ranks = scores.masked_fill(~far, -torch.inf).argsort(-1, descending=True).argsort(-1)
+        twice = ranks < 2 * counts.view(*ranks.shape[:2], 1)
+        inside = (twice & of_exact[0]).sum(-1) / of_exact[0].sum(-1).clamp(min=1)
         mass = (attention * (chosen | near)).sum(-1)
-        into[bits].add(**{"far tokens": counts, "mass": mass, "same": same, "squared error": error})
+        into[bits].add(
+            **{"far tokens": counts, "mass": mass, "same": same, "inside": inside},
+            **{"squared error": error},
+        )
 
 
 def main() -> None:

@@ -115,8 +115,12 @@ def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any
             f"rtpurbo: attention dropout must be 0, got {dropout}; set "
             "model.config.attention_dropout = 0 before building the model, or call model.eval()"
         )
-    if kwargs.get("sliding_window") is not None:
-        raise NotImplementedError("rtpurbo: the model's own sliding window must be off")
+    sliding_window = kwargs.get("sliding_window")
+    if sliding_window is not None:
+        raise NotImplementedError(
+            f"rtpurbo: the model's own sliding_window must be None, got {sliding_window}; set "
+            "it so in model.config before patching: RTPurboConfig.window is that of local heads"
+        )
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> Tensor:

@@ -114,6 +114,7 @@ def test_seconds_are_of_a_round(monkeypatch):
     runs, _ = clocked(monkeypatch, {"a": 4e-5})
     (row,) = measure.measure([Case({}, runs["a"], {}, rounds=4, device="cuda")], 1)
     assert row["seconds"] == row["eager_seconds"]["ours"] == 1e-5
+    assert row["reached"] is None
 
 
 @pytest.mark.parametrize("goal, reached", [(1e-5, True), (0.9e-5, False), (None, True)])

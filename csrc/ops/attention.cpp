@@ -31,8 +31,10 @@ class Arguments {
             const MaybeTensor& block_counts, int64_t tile, int64_t block_size) {
     const int64_t kv_heads =
         check_heads_and_keys(kOp, q, k, v, retrieval_heads, start, k_local, v_local);
-    TORCH_CHECK_VALUE(k_local || !start_local,
-                      "rtpurbo::attention: start_local needs k_local and v_local");
+    TORCH_CHECK_VALUE(
+        k_local || !start_local,
+        "rtpurbo::attention: start_local must be None without k_local and v_local, got "
+        "a tensor; give the rings that it counts for, too");
     check_start(kOp, start_local, "q", q, "start_local");
     check_rows(kOp, q, k, "k");
     if (k_local) check_rows(kOp, q, *k_local, "k_local");

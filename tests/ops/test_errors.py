@@ -283,6 +283,21 @@ def test_bad_argument(sample, argument, spoil):
         assert torch.equal(good[name], sample.arguments[name])
 
 
+@pytest.mark.parametrize(
+    ("sample", "left_out", "given"),
+    [
+        ("decode-tokens", "counts", "indices"),
+        ("attention-blocks", "block_indices", "block_counts"),
+        ("attention-split", "v_local", "k_local"),
+        ("select-four_bits", "codes", "ranges"),
+    ],
+)
+def test_of_half_a_pair_the_message_says_which(sample, left_out, given):
+    sample: Sample = SAMPLES[sample]
+    with pytest.raises(ValueError, match=f"must be given together, got only {given}$"):
+        sample.outputs(sample.with_tensors(torch.clone) | {left_out: None})
+
+
 def test_a_gradient_that_does_not_exist_is_refused():
     """k_local is forward only."""
     sample = SAMPLES["attention-split"]

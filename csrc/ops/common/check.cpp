@@ -60,6 +60,12 @@ void check_start(const char* op, const std::optional<at::Tensor>& start, const c
   check_device(op, name, *start, reference_name, reference);
 }
 
+void check_pair(const char* op, const char* name, const std::optional<at::Tensor>& tensor,
+                const char* other_name, const std::optional<at::Tensor>& other) {
+  TORCH_CHECK_VALUE(tensor.has_value() == other.has_value(), "rtpurbo::", op, ": ", name, " and ",
+                    other_name, " must be given together, got only ", tensor ? name : other_name);
+}
+
 void check_heads(const char* op, const char* name, at::IntArrayRef heads, int64_t num_heads) {
   int64_t previous = -1;
   for (const int64_t head : heads) {

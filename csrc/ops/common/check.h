@@ -32,6 +32,10 @@ void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at:
 void check_start(const char* op, const std::optional<at::Tensor>& start, const char* reference_name,
                  const at::Tensor& reference, const char* name = "start");
 
+/// Checks that both tensors are given, or neither.
+void check_pair(const char* op, const char* name, const std::optional<at::Tensor>& tensor,
+                const char* other_name, const std::optional<at::Tensor>& other);
+
 /// Checks that the head numbers are strictly ascending and inside [0, num_heads).
 void check_heads(const char* op, const char* name, at::IntArrayRef heads, int64_t num_heads);
 

@@ -26,7 +26,8 @@ inline ElementType element_type(c10::ScalarType type) {
     case c10::ScalarType::Half:
       return ElementType::kFloat16;
     default:
-      TORCH_CHECK_TYPE(false, "rtpurbo: no CUDA kernels for dtype ", type);
+      TORCH_CHECK_TYPE(false, "rtpurbo: tensors on CUDA must be float32, bfloat16 or float16, got ",
+                       type, "; convert them with .to()");
   }
 }
 

@@ -15,8 +15,7 @@ using MaybeTensor = std::optional<at::Tensor>;
 
 void check_lists(const char* op, const at::Tensor& q, int64_t lists, const MaybeTensor& indices,
                  const MaybeTensor& counts, int64_t block_size) {
-  TORCH_CHECK_VALUE(indices.has_value() == counts.has_value(), "rtpurbo::", op,
-                    ": indices and counts must be given together");
+  check_pair(op, "indices", indices, "counts", counts);
   TORCH_CHECK_VALUE(block_size >= 1, "rtpurbo::", op, ": block_size must be >= 1, got ",
                     block_size);
   if (!indices) return;

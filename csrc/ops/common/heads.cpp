@@ -91,8 +91,7 @@ int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tens
                              const std::optional<at::Tensor>& start,
                              const std::optional<at::Tensor>& k_local,
                              const std::optional<at::Tensor>& v_local) {
-  TORCH_CHECK_VALUE(k_local.has_value() == v_local.has_value(), "rtpurbo::", op,
-                    ": k_local and v_local must be given together");
+  check_pair(op, "k_local", k_local, "v_local", v_local);
   check_qkv(op, q, k, v, "k", "v");
   if (k_local) check_qkv(op, q, *k_local, *v_local, "k_local", "v_local");
   const int64_t kv_heads = k.size(1) + (k_local ? k_local->size(1) : 0);
@@ -112,8 +111,7 @@ int64_t check_heads_and_keys(const char* op, const at::Tensor& q, const at::Tens
 void check_blocks(const char* op, const at::Tensor& q, int64_t lists,
                   const std::optional<at::Tensor>& block_indices,
                   const std::optional<at::Tensor>& block_counts, int64_t tile, int64_t block_size) {
-  TORCH_CHECK_VALUE(block_indices.has_value() == block_counts.has_value(), "rtpurbo::", op,
-                    ": block_indices and block_counts must be given together");
+  check_pair(op, "block_indices", block_indices, "block_counts", block_counts);
   TORCH_CHECK_VALUE(tile >= 1, "rtpurbo::", op, ": tile must be >= 1, got ", tile);
   TORCH_CHECK_VALUE(block_size >= 1, "rtpurbo::", op, ": block_size must be >= 1, got ",
                     block_size);

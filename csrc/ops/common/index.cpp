@@ -26,8 +26,7 @@ at::Tensor per_row(const char* op, const std::optional<at::Tensor>& near_lse,
 int64_t check_quantised(const char* op, const at::Tensor& q_index, const at::Tensor& k_index,
                         const Quantised& quantised) {
   const auto& [codes, ranges, refine] = quantised;
-  TORCH_CHECK_VALUE(codes.has_value() == ranges.has_value(), "rtpurbo::", op,
-                    ": codes and ranges must come together, as quantize_index returns them");
+  check_pair(op, "codes", codes, "ranges", ranges);
   TORCH_CHECK_VALUE(codes || !refine, "rtpurbo::", op,
                     ": refine needs codes and ranges of quantize_index, got none; leave it out for "
                     "keys that are not quantised");
@@ -80,7 +79,8 @@ void check_index(const char* op, const at::Tensor& q_index, const at::Tensor& k_
   check_tensor(op, "k_index", k_index, "[B, Rk, N, r]",
                {q_index.size(0), kAnySize, kAnySize, q_index.size(3)});
   check_device(op, "k_index", k_index, "q_index", q_index);
-  TORCH_CHECK_VALUE(q_index.size(3) > 0, "rtpurbo::", op, ": q_index must have an index dim r > 0");
+  TORCH_CHECK_VALUE(q_index.size(3) > 0, "rtpurbo::", op,
+                    ": q_index must have an index dim r > 0, got shape ", q_index.sizes());
   TORCH_CHECK_VALUE(k_index.size(2) <= INT32_MAX, "rtpurbo::", op,
                     ": k_index must have N <= 2^31 - 1, got ", k_index.size(2));
   for (const int64_t head : index_map) {
