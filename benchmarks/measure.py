@@ -91,11 +91,11 @@ def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[
     }
 
 
-def reached(case: Case, seconds: float, ratios: dict[str, float]) -> bool | None:
+def reached(case: Case, ours: float, ratios: dict[str, float]) -> bool | None:
     """None of a case without a goal."""
     if not case.goals and case.goal_seconds is None:
         return None
-    in_time = case.goal_seconds is None or seconds <= case.goal_seconds
+    in_time = case.goal_seconds is None or ours <= case.goal_seconds
     return in_time and all(ratios.get(name, 0.0) >= goal for name, goal in case.goals.items())
 
 

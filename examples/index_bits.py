@@ -85,13 +85,14 @@ def look(
         keys = rounded(k_index, bits)[0, layer.index_map]
         return q_index[0].float() @ keys.mT * q_index.shape[-1] ** -0.5
 
-    exact = score(16)
+    scores = {bits: score(bits) for bits in BITS}
+    exact = scores[16]
     beyond = config.index == "beyond_window"
     near_lse = (logits if beyond else exact).masked_fill(~near, -torch.inf).logsumexp(-1)
 
-    def select(scores: Tensor) -> tuple[Tensor, Tensor]:
+    def select(by: Tensor) -> tuple[Tensor, Tensor]:
         """Which keys, and how many."""
-        shifted = scores + layer.offset[:, None, None] if beyond else scores
+        shifted = by + layer.offset[:, None, None] if beyond else by
         candidates = shifted.masked_fill(~far, -torch.inf).flatten(0, 1)
         members, counts, _ = ops.top_p(
             candidates, config.top_p, config.min_tokens, near_lse.flatten()
@@ -101,20 +102,24 @@ def look(
         chosen.scatter_(1, members.long() % (length + 1), True)
         return chosen[:, :length].view_as(attention), counts
 
-    of_exact = select(exact)
-    for bits in BITS:
-        scores = exact if bits == 16 else score(bits)
-        chosen, counts = of_exact if bits == 16 else select(scores)
-        error = ((scores - exact).square() * far).sum(-1) / far.sum(-1)
-        same = (chosen & of_exact[0]).sum(-1) / of_exact[0].sum(-1).clamp(min=1)
-        ranks = scores.masked_fill(~far, -torch.inf).argsort(-1, descending=True).argsort(-1)
-        twice = ranks < 2 * counts.view(*ranks.shape[:2], 1)
-        inside = (twice & of_exact[0]).sum(-1) / of_exact[0].sum(-1).clamp(min=1)
-        mass = (attention * (chosen | near)).sum(-1)
-        into[bits].add(
-            **{"far tokens": counts, "mass": mass, "same": same, "inside": inside},
-            **{"squared error": error},
-        )
+    selected = {bits: select(own) for bits, own in scores.items()}
+    wanted, _ = selected[16]
+
+    def share(found: Tensor) -> Tensor:
+        """Of what 16 bits select."""
+        return (found & wanted).sum(-1) / wanted.sum(-1).clamp(min=1)
+
+    for bits, own in scores.items():
+        chosen, counts = selected[bits]
+        ranks = own.masked_fill(~far, -torch.inf).argsort(-1, descending=True).argsort(-1)
+        found = {
+            "far tokens": counts,
+            "mass": (attention * (chosen | near)).sum(-1),
+            "same": share(chosen),
+            "inside": share(ranks < 2 * counts.view(*ranks.shape[:2], 1)),
+            "squared error": ((own - exact).square() * far).sum(-1) / far.sum(-1),
+        }
+        into[bits].add(**found)
 
 
 def main() -> None:

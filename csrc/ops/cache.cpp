@@ -31,9 +31,7 @@ void check_with_index(const AppendArguments& a, const std::optional<at::Tensor>&
                       const std::optional<at::Tensor>& index_pages, int64_t index_slot) {
   constexpr const char* kOp = "cache_append";
   check_append(kOp, a);
-  TORCH_CHECK_VALUE(k_index.has_value() == index_pages.has_value(), "rtpurbo::", kOp, ": ",
-                    k_index ? "index_pages" : "k_index", " must be given with ",
-                    k_index ? "k_index" : "index_pages", ", got None");
+  check_pair(kOp, "k_index", k_index, "index_pages", index_pages);
   TORCH_CHECK_VALUE(index_slot == kAtPosition || (k_index && index_slot >= 0), "rtpurbo::", kOp,
                     ": index_slot must be >= 0, or -1 for position, as without k_index, got ",
                     index_slot);

@@ -290,6 +290,7 @@ def test_bad_argument(sample, argument, spoil):
         ("attention-blocks", "block_indices", "block_counts"),
         ("attention-split", "v_local", "k_local"),
         ("select-four_bits", "codes", "ranges"),
+        ("cache_append-index", "k_index", "index_pages"),
     ],
 )
 def test_of_half_a_pair_the_message_says_which(sample, left_out, given):
