@@ -259,8 +259,9 @@ SCORES = ("sharp", "misleading", "flat")
 # On 132 multiprocessors: teams of many blocks; of one; several problems for a team of one, and of
 # several blocks.
 LONG = [(1, 131_072), (1, 1_000_001), (40, 30_000), (64, 30_000), (16, 1_000_000)]
-# Blocks with so many keys use a sieve.
+# Blocks with so many keys use a sieve; of 160 problems in two rounds of teams of three.
 SIFTED = [(4, 1_000_003, scores) for scores in SCORES] + [(16, 1_000_000, "sharp")]
+SIFTED += [(32, 209_000, scores) for scores in ("flat", "misleading")]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def assert_same_as_parts(step, parts):
 
 
 @pytest.mark.parametrize(
-    ("batch", "keys", "scores"), [*((*case, "flat") for case in LONG[:3]), *SIFTED[:2]]
+    ("batch", "keys", "scores"), [*((*case, "flat") for case in LONG[:3]), *SIFTED[:2], SIFTED[-1]]
 )
 @pytest.mark.parametrize("bits", [16, 4])
 def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, scores, bits, cuda_device):

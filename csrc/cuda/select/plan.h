@@ -2,6 +2,7 @@
 // How many blocks work on a problem, and where their scores are.
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 
 #include "csrc/cuda/alignment.h"
@@ -36,6 +37,14 @@ constexpr int64_t kSampleMembers = 1 << 13;
 /// the blocks that are idle in the last hardly matter.
 constexpr int64_t kMostMore = 4, kMostRounds = 16;
 
+/// In percent of the time of few rounds by `time_of`, what that of more has to be below where a
+/// sieve scans: idle blocks leave the others more of the memory's speed. (On an H100 83 % by this
+/// count are 93 to 95 measured, 87 are 103.)
+constexpr int64_t kSievePercent = 85;
+
+/// Members of a block from which on a sieve spares more than its sample costs.
+constexpr int64_t kManyMembers = 32768;
+
 /// How long the rounds take, in members that a block scores meanwhile. A problem takes as long as
 /// `more` members beside its own; of these a sieve spares the ranking, three eighths of their time.
 inline int64_t time_of(const SelectParams& p, int64_t rounds, int64_t team_size, int64_t more,
@@ -54,23 +63,24 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   const int64_t groups = divide_up(p.keys, kGroupKeys) + 1;  // rows may begin within one
   const int64_t fitting =
       std::max<int64_t>(1, kMembersAtOnce / (divide_up(p.keys, kGroupKeys) * of_group));
-  // Rounds of equal size, as a last one of few problems would leave most blocks idle; of plain
-  // scores more than need be, where those that fit do not divide the blocks well. A sieve serves
-  // small teams only.
+  // Rounds of equal size, as a last one of few problems would leave most blocks idle; more than
+  // need be, where those that fit do not divide the blocks well. A sieve serves small teams only.
   const int64_t most_teams = std::min({problems, fitting, static_cast<int64_t>(blocks)});
   const int64_t fewest = divide_up(problems, most_teams);
-  const int64_t most_rounds =
-      sieves ? fewest : std::max(fewest, std::min(kMostMore * fewest, kMostRounds));
+  const int64_t most_rounds = std::max(fewest, std::min(kMostMore * fewest, kMostRounds));
   const int64_t most = std::max<int64_t>(1, divide_up(groups, kSelectWarps));
   SelectPlan plan{};
+  int64_t below = INT64_MAX;
   for (int64_t rounds = fewest; rounds <= most_rounds; ++rounds) {
     const int64_t teams = divide_up(problems, rounds);
     const int64_t size = std::min({blocks / teams, most, kMostInTeam});
     const int64_t time = time_of(p, rounds, size, more, sieves);
-    if (rounds > fewest && time >= plan.time) continue;
+    if (rounds > fewest && sieves && p.keys < size * kManyMembers) continue;
+    if (time >= below) continue;
     plan.teams = static_cast<int>(teams);
     plan.team_size = static_cast<int>(size);
     plan.time = time;
+    below = rounds == fewest && sieves ? time * kSievePercent / 100 : time;
   }
   plan.sieves = sieves;
   plan.blocks = blocks;
@@ -84,9 +94,6 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   plan.shared_bytes = plan.scores_in_shared ? bytes : 0;
   return plan;
 }
-
-/// Members of a block from which on a sieve spares more than its sample costs.
-constexpr int64_t kManyMembers = 32768;
 
 /// Whether a sieve may serve: members are keys, and no group with far keys ends behind the last
 /// key.
