@@ -82,6 +82,7 @@ def row(case: Case, timers: dict[Run, Timer], failures: dict[Run, str]) -> dict[
         "goal_seconds": case.goal_seconds,
         "reached": reached(case, ours, ratios),
         "gflops_per_second": case.flops / ours / 1e9 if case.flops else None,
+        "bytes": case.bytes,
         "gbytes_per_second": case.bytes / ours / 1e9 if case.bytes else None,
         "copy_share": case.bytes / ours / copy_rate() if case.bytes and on_cuda else None,
         "eager_seconds": {n: t.eager / case.rounds for n, t in timed.items() if t.eager},

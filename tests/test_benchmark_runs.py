@@ -93,6 +93,7 @@ def test_a_baseline_that_cases_share_is_timed_once(monkeypatch):
     assert [row["seconds"] for row in rows] == [2.0, 2.0]  # of a round
     assert [row["baseline_seconds"]["shared"] for row in rows] == [8.0, 4.0]
     assert [row["gflops_per_second"] for row in rows] == [None, 0.5]
+    assert [row["bytes"] for row in rows] == [None, 4e9]
     assert [row["gbytes_per_second"] for row in rows] == [None, 2.0]
     assert rows[0]["peak_extra_bytes"] == {"ours": 7, "shared": 7}
 
