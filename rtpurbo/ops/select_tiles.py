@@ -60,8 +60,8 @@ def select_tiles(
 
     On CUDA tile is at most 1024, and the workspace 0.6 GB or one tile, at four bytes a row and
     block. float16 index tensors of r = 16 with blocks of 64 keys run on tensor cores. On Hopper,
-    with near_lse, tiles of 128 rows and rank "max", block maxima are kept in float16: a weight is
-    off by up to 2^-11 of its logit, and q . k beyond 65504 counts as +inf. `RTPURBO_PORTABLE=1`
+    with tiles of 128 rows and rank "max", block maxima are kept in float16: a weight is off by up
+    to 2^-11 of its logit, and q . k beyond 65504 counts as +inf. `RTPURBO_PORTABLE=1`
     keeps them in float32. Codes are spelt out before: in float16 where k_index is, which rounds
     them once more, otherwise in float32.
 
