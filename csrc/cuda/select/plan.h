@@ -39,11 +39,14 @@ constexpr int64_t kMostMore = 4, kMostRounds = 16;
 
 /// In percent of the time of few rounds by `time_of`, what that of more has to be below where a
 /// sieve scans: idle blocks leave the others more of the memory's speed. (On an H100 83 % by this
-/// count are 93 to 95 measured, 87 are 103.)
+/// count are 92 to 95 measured, 87 are 103.)
 constexpr int64_t kSievePercent = 85;
 
-/// Members of a block from which on a sieve spares more than its sample costs.
-constexpr int64_t kManyMembers = 32768;
+/// Whether a team's blocks have so many members that a sieve spares more than its sample costs.
+inline bool team_may_sift(const SelectParams& p, int64_t team_size) {
+  constexpr int64_t kManyMembers = 32768;
+  return p.keys >= team_size * kManyMembers;
+}
 
 /// How long the rounds take, in members that a block scores meanwhile. A problem takes as long as
 /// `more` members beside its own; of these a sieve spares the ranking, three eighths of their time.
@@ -75,7 +78,7 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
     const int64_t teams = divide_up(problems, rounds);
     const int64_t size = std::min({blocks / teams, most, kMostInTeam});
     const int64_t time = time_of(p, rounds, size, more, sieves);
-    if (rounds > fewest && sieves && p.keys < size * kManyMembers) continue;
+    if (rounds > fewest && sieves && !team_may_sift(p, size)) continue;
     if (time >= below) continue;
     plan.teams = static_cast<int>(teams);
     plan.team_size = static_cast<int>(size);
@@ -99,8 +102,7 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
 /// key.
 inline bool may_sift(const SelectParams& p, const SelectPlan& plan) {
   return p.rows == 1 && p.block_size == 1 && p.p < 1.0 && !p.refine && !p.near_is_scored &&
-         p.window >= kGroupKeys && plan.run_shift == kLongRun &&
-         p.keys >= plan.team_size * kManyMembers;
+         p.window >= kGroupKeys && plan.run_shift == kLongRun && team_may_sift(p, plan.team_size);
 }
 
 /// Takes the workspace apart, or with a null base only measures it. `masks`: problems whose mask
