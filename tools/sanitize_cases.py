@@ -34,11 +34,14 @@ def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> Non
         indices, counts, _ = ops.select(
             draw(2, 3, 1, 16, dtype=torch.float16), draw(2, 3, keys, 16, dtype=torch.float16),
             [0, 1, 2], 0.9, window, sinks, 20, block_size, near_lse=near_lse, start=start,
+            capacity=-(-keys // block_size) if near_lse is None else 3,  # fewer than some select
         )  # fmt: skip
-        ops.decode(
-            q, k, v, heads, window, window, sinks, scale, indices=indices, counts=counts,
-            block_size=block_size, start=start,
-        )  # fmt: skip
+        for _ in range(2):
+            ops.decode(
+                q, k, v, heads, window, window, sinks, scale, indices=indices, counts=counts,
+                block_size=block_size, start=start,
+            )  # fmt: skip
+            counts[:, 0], counts[:, 1] = -1, 0
 
 
 def coded_half(k_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -53,6 +56,8 @@ def coded_half(k_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, dict[str
 def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits: int) -> None:
     q, k, v = (draw(2, h, n, dim, dtype=dtype) for h, n in ((18, 1), (2, keys), (2, keys)))
     k_index, more = coded_half(draw(2, 3, keys, 16, dtype=torch.float16), bits)
+    k_index[1, 2, -60:] = torch.nan
+    k[0, 1, ::9, 3] = v[0, 0, ::7, 5] = torch.inf
     for p, beyond in ((0.8, True), (1.0, False)):
         ops.sparse_decode(
             q, k, v, [0, 9, 17], draw(2, 3, 1, 16, dtype=torch.float16), k_index, [0, 1, 2], p,
@@ -95,6 +100,7 @@ def rings(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> None:
 
 def refine(dim: int, keys: int, near_lse: torch.Tensor | None) -> None:
     k_index, coded = draw(2, 3, keys, dim, dtype=torch.float16), keys // 2 // 64 * 64
+    k_index[1, 1, -50:, 0] = torch.nan
     codes, ranges = ops.quantize_index(k_index[:, :, :coded], 4)
     ops.select(
         draw(2, 3, 1, dim, dtype=torch.float16), k_index, [0, 1, 2], 0.8, 40, 3, 20,
@@ -117,6 +123,9 @@ def prefill(dim: int, dtype: torch.dtype) -> None:
                 block_counts=torch.full_like(blocks[..., 0], 2), tile=tile, block_size=block_size,
             )  # fmt: skip
     ops.attention(q, k[:, :1], k[:, :1], [0, 1], *mask, starts[0], local, local, starts[1])
+    k[0, 0, 60:90, 3], k[1, 1, ::20, 5] = torch.nan, torch.inf
+    ops.attention(q, k, k, [1, 2], *mask, starts[1])
+    ops.near_lse(q, k, [1, 2], [0, 1], *mask, starts[1])
 
 
 def crowded(dim: int, keys: int) -> None:
@@ -142,11 +151,13 @@ def split(dim: int) -> None:
 
 def tiles(rank: str, near_lse: torch.Tensor | None) -> None:
     start = torch.tensor([0, 150], device=CUDA)
-    for dim, dtype in ((16, torch.float16), (24, torch.float32)):
+    cases = (16, torch.float16, 16, 0), (24, torch.float32, 16, 2), (16, torch.float16, 4, 2)
+    for dim, dtype, bits, capacity in cases:
+        k_index, more = coded_half(draw(2, 2, 777, dim, dtype=dtype), bits)
         ops.select_tiles(
-            draw(2, 3, 300, dim, dtype=dtype), draw(2, 2, 777, dim, dtype=dtype), [0, 1, 1],
+            draw(2, 3, 300, dim, dtype=dtype), k_index, [0, 1, 1],
             torch.full((3,), 0.7, device=CUDA), 100, 3, 1, near_lse=near_lse, start=start,
-            rank=rank,
+            capacity=capacity, rank=rank, **more,
         )  # fmt: skip
 
 
@@ -211,9 +222,11 @@ for dim, dtype in SIZES:
 rings(64, torch.bfloat16, 700, 16)
 decode_step(64, torch.bfloat16, 9000, 1)
 decode_step(64, torch.bfloat16, 700, 16)
-for case in ((64, 9000, 1, 16), (128, 3001, 1, 4), (128, 700, 16, 8), (256, 333, 64, 16)):
-    dim, keys, block_size, bits = case
-    sparse_decode(dim, torch.bfloat16, keys, block_size, bits)
+sparse_decode(64, torch.bfloat16, 9000, 1, 16)
+sparse_decode(128, torch.bfloat16, 3001, 1, 4)
+sparse_decode(128, torch.float16, 700, 16, 8)
+sparse_decode(256, torch.float16, 333, 64, 16)
+sparse_decode(24, torch.float32, 700, 1, 16)
 for bits in (16, 4):
     sifted(270_001, bits)
 sifted(33_001, 16, heads=152, key_heads=20)  # with a shared scan on up to 151 multiprocessors

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from tests.gpu.attention_check import CUDA_TYPES, LSE_TOLERANCE, check
+from tests.gpu.attention_check import CUDA_TYPES, LSE_TOLERANCE, check, map_tensors, to_cuda
 from tests.gpu.kernels import PORTABLE, kernels_of, skip_unless_sm90
 from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
@@ -157,18 +157,30 @@ def test_infinite_scores_of_keys_that_all_rows_see(dtype: torch.dtype, dim: int)
     assert_like_the_cpu(q, k, v, list(range(8)), 1, 0, dim**-0.5)
 
 
-def assert_like_the_cpu(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> None:
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_poison_in_listed_blocks_of_padded_rows(
+    dtype: torch.dtype, dim: int, poison: float
+) -> None:
+    """In blocks that tiles list and in others, before `start`, at it, and on the diagonal."""
+    q, k, v = (torch.randn(2, h, n, dim).to(dtype) for h, n in ((4, 300), (2, 700), (2, 700)))
+    for key in (70, 133, 260, 333, 500, 699):
+        k[0, 0, key, 3] = v[1, 1, key, 5] = poison
+    indices, counts = lists_where(torch.rand(2, 2, 3, 11) < 0.5)
+    counts[1, 1, 2] = -1
+    lists = {"block_indices": indices, "block_counts": counts}
+    start = torch.tensor([130, 260])
+    assert_like_the_cpu(q, k, v, [0, 3], 60, 4, dim**-0.5, start, **lists)
+
+
+def assert_like_the_cpu(*arguments: Any, **lists: Tensor) -> None:
     """NaN and infinities in the same places."""
-    out, lse = ops.attention(q.cuda(), k.cuda(), v.cuda(), *others)
-    expected_out, expected_lse = ops.attention(q, k, v, *others)
-    assert out.cpu().isnan().equal(expected_out.isnan())
-    assert out.cpu().isinf().equal(expected_out.isinf())
-    assert lse.cpu().isnan().equal(expected_lse.isnan())
-    assert lse.cpu().isinf().equal(expected_lse.isinf())
-    tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(
-        out.cpu(), expected_out, atol=tolerance, rtol=tolerance, equal_nan=True
-    )
+    got = ops.attention(*map_tensors(arguments, to_cuda), **map_tensors(lists, to_cuda))
+    want = ops.attention(*arguments, **lists)
+    tolerance = 1e-5 if want[0].dtype == torch.float32 else 2e-2
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -207,6 +219,17 @@ def test_misaligned_views_match_the_reference(dtype: torch.dtype) -> None:
         return torch.randn(2, heads, 150, 64 + 5).to(dtype)[..., 3:-2]
 
     check((odd(4), odd(2), odd(2), [1, 2], 40, 4, 0.125), {})
+
+
+@pytest.mark.parametrize("dtype", CUDA_TYPES)
+def test_keys_and_values_that_heads_or_sequences_share(dtype: torch.dtype) -> None:
+    """Expanded views, whose strides are 0."""
+    q = torch.randn(3, 6, 333, 64).to(dtype)
+    one_head, one_sequence = torch.randn(3, 1, 444, 64), torch.randn(1, 3, 444, 64)
+    for shared in (one_head.to(dtype), one_sequence.to(dtype)):
+        k, v = shared.expand(3, 3, -1, -1), (-shared).expand(3, 3, -1, -1)
+        start = torch.tensor([0, 111, 400])
+        check((q, k, v, [1, 4], 100, 4, 0.125), {"start": start})
 
 
 @pytest.mark.parametrize("dtype", CUDA_TYPES)
@@ -337,6 +360,31 @@ def test_heads_whose_keys_do_not_fit_in_l2_together(dim: int, keys: int) -> None
     """On Hopper they run in sections, here of three and one head."""
     q, k, v = (torch.randn(1, 4, n, dim).bfloat16() for n in (300, keys, keys))
     check((q, k, v, [0, 1, 2, 3], 20, 4, dim**-0.5), {})
+
+
+# On Hopper such heads run in two to six sections, the last one mostly smaller.
+WIDE_WINDOWS = pytest.mark.parametrize(("dim", "keys"), [(64, 12_000), (128, 7000), (256, 4000)])
+
+
+@WIDE_WINDOWS
+def test_near_heads_whose_windows_do_not_fit_in_l2_together(dim: int, keys: int) -> None:
+    q = torch.randn(1, 21, 200, dim).bfloat16()
+    k, v = (torch.randn(1, 1, keys, dim).bfloat16() for _ in "kv")
+    k_local, v_local = (torch.randn(1, 20, keys - 9, dim).bfloat16() for _ in "kv")
+    local = {"k_local": k_local, "v_local": v_local}
+    check((q, k, v, [7], keys - keys // 8, 4, dim**-0.5), local)
+
+
+@WIDE_WINDOWS
+def test_heads_of_several_sections_are_those_that_run_alone(dim: int, keys: int) -> None:
+    q, k, v = (torch.randn(2, 23, keys, dim, device="cuda").bfloat16() for _ in range(3))
+    masked = keys // 2, 4, dim**-0.5, torch.tensor([0, 999]).cuda()
+    out, lse = ops.attention(q, k, v, [], *masked)
+    for head in range(23):
+        alone = [x[:, head : head + 1] for x in (q, k, v)]
+        one, one_lse = ops.attention(*alone, [], *masked)
+        torch.testing.assert_close(out[:, head : head + 1], one, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(lse[:, head : head + 1], one_lse, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -154,7 +154,31 @@ def test_sets_on_most_multiprocessors_stay_whole_or_are_split(padded, retrieval,
     assert_decodes((q, k, v, retrieval, 300, 300, 2, 0.1), start, cuda_device)
 
 
-def test_twenty_runs_give_the_same_bits(cuda_device):
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_drawn_steps_repeat(seed, dim, dtype, cuda_device):
+    positional, keywords = draw(seed * 11 + dim, dim, dtype)
+    positional = [on(cuda_device, a) for a in positional]
+    keywords = {name: on(cuda_device, a) for name, a in keywords.items()}
+    assert_repeats(lambda: ops.decode(*positional, **keywords))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_steps_with_rings_repeat(dim, dtype, cuda_device):
+    with cuda_device:
+        q, k = torch.randn(3, 9, 1, dim).to(dtype), torch.randn(3, 2, 5000, dim).to(dtype)
+        ring = torch.randn(3, 1, 1004, dim).to(dtype)
+        indices = torch.arange(1, 5000, 3, dtype=torch.int32).expand(3, 4, 1, -1)
+        counts = torch.tensor([[[900], [0], [-1], [1667]]], dtype=torch.int32).expand(3, -1, -1)
+        start = torch.tensor([0, 3000, 4990])
+    lists = dict(indices=indices, counts=counts, k_local=ring, v_local=ring, start=start)
+    arguments = q, k, k, [3, 4, 5, 8], 1000, 1000, 4, dim**-0.5
+    assert_repeats(lambda: ops.decode(*arguments, **lists))
+
+
+def test_select_and_decode_repeat(cuda_device):
     torch.manual_seed(0)
     q = torch.randn(1, 32, 1, 128, device=cuda_device, dtype=torch.bfloat16)
     k, v = (torch.randn(1, 4, 131_072, 128, device=cuda_device, dtype=torch.bfloat16) for _ in "kv")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rtpurbo import ops
+from tests.gpu.repeats import assert_repeats
 from tests.gpu.views import to_cuda
 from tests.models.test_index_bits import layer
 from tests.properties import DTYPES
@@ -78,6 +79,14 @@ def test_without_keys_or_batch(cuda_device):
     for shape in ((0, 3, 64, 16), (2, 0, 64, 16), (2, 3, 0, 16), (2, 3, 64, 0)):
         keys = torch.zeros(shape)
         assert_same_bits(ops.quantize_index(keys.cuda(), 4), ops.quantize_index(keys, 4))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dim", [1, 16, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_twenty_runs_and_a_graph_give_the_same_bits(dtype, dim, bits, cuda_device):
+    keys = torch.randn(2, 3, 4096, dim, device=cuda_device).to(dtype)
+    assert_repeats(lambda: ops.quantize_index(keys, bits))
 
 
 def test_graph_capture_replays(cuda_device):

@@ -334,6 +334,15 @@ def test_twenty_runs_and_a_graph_give_the_same_bits(batch, keys, scores, bits, c
     assert_repeats(step)
 
 
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_drawn_steps_repeat(seed, dtype, cuda_device):
+    """With rings, blocks of keys, codes of 4 and 8 bits, sieves and all head dims among them."""
+    with cuda_device:
+        arguments = draw(seed, dtype)
+        assert_repeats(lambda: ops.sparse_decode(**arguments))
+
+
 @pytest.mark.parametrize("heads_of_key", [1, 8])
 def test_a_nan_among_sifted_keys_selects_all_of_its_heads(heads_of_key, cuda_device):
     keys, heads = 300_000, 32

@@ -72,19 +72,28 @@ int64_t tiles_of(const AttentionParams& params) {
   return (int64_t{params.rows} + kTileRows - 1) / kTileRows;
 }
 
-/// Heads that run together so that their keys and values stay in L2; those of a kv head are
-/// adjacent.
-uint32_t heads_of_section(const AttentionParams& params) {
-  const int64_t heads = params.heads.retrieval;
-  int64_t kv_heads = 0;
-  for (int i = 0; i < heads; ++i) {
-    kv_heads += i == 0 || params.heads.jobs[i].kv_head != params.heads.jobs[i - 1].kv_head;
+/// How many of a role's heads run together, so that the keys and values that they read at a time
+/// stay in L2. The heads of a kv head are adjacent.
+uint32_t heads_of_section(const AttentionParams& params, const HeadJob* jobs, int64_t heads,
+                          bool near) {
+  if (heads == 0) return 1;
+  int64_t kv_heads = 1;
+  for (const HeadJob* job = jobs + 1; job < jobs + heads; ++job) {
+    kv_heads += job->kv_head != job[-1].kv_head || job->from_local != job[-1].from_local;
   }
-  // Half of it, as each half of L2 keeps copies of what the other holds.
-  const int64_t fit = device_attribute(cudaDevAttrL2CacheSize) / 2 /
-                      std::max<int64_t>(1, int64_t{params.keys} * params.dim * 4);
-  const int64_t together = std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, kv_heads));
-  return kv_heads == 0 ? 1 : static_cast<uint32_t>((heads * together + kv_heads - 1) / kv_heads);
+  // Keys that fit. Half of L2, as each half of it keeps copies of what the other holds.
+  int64_t room = device_attribute(cudaDevAttrL2CacheSize) / 2 / (int64_t{params.dim} * 4);
+  int64_t of_kv_head = params.keys;
+  if (near) {
+    // A window for each kv head, and the rows that all blocks work on.
+    const int64_t rows = device_attribute(cudaDevAttrMultiProcessorCount) * int64_t{kTileRows};
+    of_kv_head = std::min<int64_t>(std::max(params.keys, params.local_keys),
+                                   int64_t{params.window} + params.sinks);
+    room -= std::min(rows / heads, int64_t{params.rows}) * kv_heads;
+  }
+  const int64_t fit = std::max<int64_t>(1, room / std::max<int64_t>(1, of_kv_head));
+  const int64_t sections = (kv_heads + fit - 1) / fit;
+  return static_cast<uint32_t>((heads + sections - 1) / sections);
 }
 
 /// Parts of a tile, by role.
@@ -123,10 +132,11 @@ WorkQueue work_queue(const AttentionParams& params, const Split& split) {
   const auto retrieval_items =
       static_cast<uint32_t>(params.batch * retrieval * tiles * split.retrieval);
   const auto near_items = static_cast<uint32_t>(params.batch * near * tiles * split.near);
-  return {.retrieval = {0, retrieval, heads_of_section(params),
+  const HeadJob* jobs = params.heads.jobs;
+  return {.retrieval = {0, retrieval, heads_of_section(params, jobs, retrieval, false),
                         static_cast<uint32_t>(split.retrieval), 0},
-          .near = {retrieval, near, near, static_cast<uint32_t>(split.near),
-                   split.retrieval > 1 ? retrieval_items : 0},
+          .near = {retrieval, near, heads_of_section(params, jobs + retrieval, near, true),
+                   static_cast<uint32_t>(split.near), split.retrieval > 1 ? retrieval_items : 0},
           .retrieval_items = retrieval_items,
           .items = retrieval_items + near_items,
           .tiles = static_cast<uint32_t>(tiles)};
