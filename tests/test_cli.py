@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import rtpurbo
 from rtpurbo.commands import app
+from rtpurbo.patching import state
 from tests.front import DOCUMENTS, ROLES, network, saved
 from tests.tokenizers import byte_tokenizer
 
@@ -186,6 +187,31 @@ def test_select_from_is_where_heads_begin_to_select(sparse, dense):
     assert "retrieval heads read every key" in run(*command, "--select-from", 100_000)
     words = run("generate", dense, "line 4", "--select-from", 5, code=2)
     assert "--select-from is for a sparse model" in words
+
+
+def test_prefill_takes_the_place_of_the_models(sparse, dense, monkeypatch):
+    used, stats = [], rtpurbo.stats
+
+    def spy(model):
+        used.append(state(model).config.prefill)
+        return stats(model)
+
+    monkeypatch.setattr(rtpurbo, "stats", spy)
+    command = ["generate", sparse, "line 4 tells of thing " * 20, "--max-new-tokens", 2]
+    for options in ([], ["--prefill", "sparse"], ["--prefill", "dense"]):
+        assert "for want of room" not in run(*command, *options)
+    assert used == ["dense", "sparse", "dense"]
+    words = run("eval", dense, "--prefill", "sparse", code=2)
+    assert "--prefill is for a sparse model" in words
+    words = run(*command, "--dense", "--prefill", "sparse", code=2)
+    assert "--dense runs full attention" in words
+
+
+def test_tiles_without_room_are_told(sparse, monkeypatch):
+    monkeypatch.setattr("rtpurbo.tiles.MOST_TILE_BLOCKS", 1)
+    prompt = "line 4 tells of thing " * 200
+    printed = run("generate", sparse, prompt, "--prefill", "sparse", "--max-new-tokens", 2)
+    assert "tiles of the prefill were dense for want of room" in printed
 
 
 def test_model_reference_and_prompt_go_to_the_device(sparse, dense, texts, monkeypatch):

@@ -16,6 +16,7 @@ from rtpurbo.commands.options import (
     DTypeOption,
     Mode,
     ModelArgument,
+    PrefillOption,
     SelectFromOption,
     TextsOption,
     element_type,
@@ -55,6 +56,7 @@ def evaluate(
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = "cpu",
     select_from: SelectFromOption = None,
+    prefill: PrefillOption = None,
 ) -> None:
     """Score a model on needles and text, dense and sparse side by side."""
     what: dict[str, Any] = {
@@ -71,7 +73,7 @@ def evaluate(
     check_files(output, markdown, picture=plot)
     place = checked_device(device)
     documents = read_texts(texts)
-    network, tokenizer = load_model(model, dtype, place, select_from)
+    network, tokenizer = load_model(model, dtype, place, select_from, prefill)
     teacher = load_dense(reference, element_type(dtype))[0].to(place) if reference else None
     with progress_bar(console, "evaluating") as tick:
         report = rtpurbo.evaluate(

@@ -16,6 +16,7 @@ from rtpurbo.commands.options import (
     DType,
     DTypeOption,
     ModelArgument,
+    PrefillOption,
     SeedOption,
     SelectFromOption,
 )
@@ -34,14 +35,17 @@ def generate(
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = "cpu",
     select_from: SelectFromOption = None,
+    prefill: PrefillOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Continue a prompt, and say what was attended to."""
     from transformers import TextStreamer
 
     text = prompt_text(prompt, file)
+    if dense and (select_from is not None or prefill is not None):
+        fail("--dense runs full attention, without --select-from and --prefill; leave one out")
     place = checked_device(device)
-    network, tokenizer = load_model(model, dtype, place, select_from)
+    network, tokenizer = load_model(model, dtype, place, select_from, prefill)
     if chat and not tokenizer.chat_template:
         fail(f"--chat needs a chat template, and the tokenizer of {model} has none; leave it out")
     if dense and rtpurbo.is_sparse(network):

@@ -10,7 +10,7 @@ import torch
 import rtpurbo
 from rtpurbo.checkpoint import MANIFEST
 from rtpurbo.commands.app import console, fail
-from rtpurbo.commands.options import DType, element_type
+from rtpurbo.commands.options import DType, Prefill, element_type
 from rtpurbo.loading import load_dense
 from rtpurbo.outputs import check_file
 from rtpurbo.patching import state
@@ -31,20 +31,34 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
 
 
 def load_model(
-    model: str, dtype: DType, device: torch.device, select_from: int | None = None
+    model: str,
+    dtype: DType,
+    device: torch.device,
+    select_from: int | None = None,
+    prefill: Prefill | None = None,
 ) -> tuple[Any, Any]:
-    """A saved sparse model, or any other as transformers loads it; `select_from` if not None."""
+    """A saved sparse model, or any other as transformers loads it.
+
+    `select_from` and `prefill` take the place of what a sparse model was saved with, if not None.
+    """
     if (Path(model) / MANIFEST).is_file():
         network, tokenizer = rtpurbo.from_pretrained(model, dtype=element_type(dtype))
         if tokenizer is None:
             fail(f"{model} was saved without a tokenizer")
     else:
         network, tokenizer = load_dense(model, element_type(dtype))
+    changes: dict[str, Any] = {}
     if select_from is not None:
+        changes["select_from"] = select_from
+    if prefill is not None:
+        changes["prefill"] = prefill.value
+    for name in changes:
         if not rtpurbo.is_sparse(network):
-            fail(f"--select-from is for a sparse model, and {model} is dense; leave it out")
+            option = name.replace("_", "-")
+            fail(f"--{option} is for a sparse model, and {model} is dense; leave it out")
+    if changes:
         found = state(network)
-        found.config = replace(found.config, select_from=select_from)
+        found.config = replace(found.config, **changes)
     return network.to(device), tokenizer
 
 

@@ -51,6 +51,10 @@ SelectFromOption = Annotated[
         "from where it is quicker]."
     ),
 ]
+PrefillOption = Annotated[
+    Prefill | None,
+    typer.Option(help="Prefill of retrieval heads [default: as the model says]."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 

@@ -29,7 +29,10 @@ def last_step(seen: dict[str, Any]) -> str:
     """A line about the last forward, from `rtpurbo.stats`."""
     held = seen["kv_bytes"] + seen["index_bytes"]
     whole = "" if seen["selecting_layers"] else " (retrieval heads read every key)"
+    dense_tiles = seen["fallbacks"]
+    tiles = f"; {dense_tiles:,} tiles of the prefill were dense for want of room"
     return (
         f"last step: {seen['attended_tokens']:,.0f} of {seen['keys']:,} keys attended{whole}, "
         f"cache {human_bytes(held)} against {human_bytes(seen['dense_bytes'])} dense"
+        f"{tiles if dense_tiles else ''}"
     )
