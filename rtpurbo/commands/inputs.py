@@ -47,15 +47,11 @@ def load_model(
             fail(f"{model} was saved without a tokenizer")
     else:
         network, tokenizer = load_dense(model, element_type(dtype))
-    changes: dict[str, Any] = {}
-    if select_from is not None:
-        changes["select_from"] = select_from
-    if prefill is not None:
-        changes["prefill"] = prefill.value
-    for name in changes:
-        if not rtpurbo.is_sparse(network):
-            option = name.replace("_", "-")
-            fail(f"--{option} is for a sparse model, and {model} is dense; leave it out")
+    options = {"select_from": select_from, "prefill": prefill and prefill.value}
+    changes: dict[str, Any] = {n: value for n, value in options.items() if value is not None}
+    if changes and not rtpurbo.is_sparse(network):
+        option = next(iter(changes)).replace("_", "-")
+        fail(f"--{option} is for a sparse model, and {model} is dense; leave it out")
     if changes:
         found = state(network)
         found.config = replace(found.config, **changes)

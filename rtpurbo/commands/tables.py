@@ -29,10 +29,9 @@ def last_step(seen: dict[str, Any]) -> str:
     """A line about the last forward, from `rtpurbo.stats`."""
     held = seen["kv_bytes"] + seen["index_bytes"]
     whole = "" if seen["selecting_layers"] else " (retrieval heads read every key)"
-    dense_tiles = seen["fallbacks"]
-    tiles = f"; {dense_tiles:,} tiles of the prefill were dense for want of room"
+    count = seen["fallbacks"]
+    tiles = f"; {count:,} tiles of the prefill were dense for want of room" if count else ""
     return (
         f"last step: {seen['attended_tokens']:,.0f} of {seen['keys']:,} keys attended{whole}, "
-        f"cache {human_bytes(held)} against {human_bytes(seen['dense_bytes'])} dense"
-        f"{tiles if dense_tiles else ''}"
+        f"cache {human_bytes(held)} against {human_bytes(seen['dense_bytes'])} dense{tiles}"
     )

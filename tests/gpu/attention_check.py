@@ -1,36 +1,16 @@
 """attention on CUDA against the float64 reference, and the rule by which a low-precision kernel
 passes: at most twice the error of PyTorch."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rtpurbo import ops
 from tests import reference
+from tests.gpu.views import on_cuda
 
 CUDA_TYPES = [torch.float32, torch.bfloat16, torch.float16]
 LSE_TOLERANCE = 1e-5
 OUT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3}
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value`, or a tuple or dict of values, with every tensor replaced by change(tensor)."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {name: map_tensors(item, change) for name, item in value.items()}
-    return value
-
-
-def to_cuda(tensor: Tensor) -> Tensor:
-    """On the GPU with the same strides and offset to a 16-byte boundary."""
-    offset = tensor.storage_offset()
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
-    return storage.as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def assert_rounded(actual: Tensor, exact: Tensor, rounded: Tensor, atol: float) -> None:
@@ -49,7 +29,7 @@ def assert_rounded(actual: Tensor, exact: Tensor, rounded: Tensor, atol: float) 
 def check(positional: tuple, keywords: dict) -> tuple[Tensor, Tensor]:
     """Runs the operator on CUDA and holds it against the reference; returns its results."""
     dtype = positional[0].dtype
-    out, lse = ops.attention(*map_tensors(positional, to_cuda), **map_tensors(keywords, to_cuda))
+    out, lse = ops.attention(*on_cuda(positional), **on_cuda(keywords))
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert out.transpose(1, 2).is_contiguous()
     exact = reference.attention(*positional, **keywords)

@@ -340,8 +340,8 @@ def test_the_kernel_that_runs(dtype: torch.dtype, dim: int) -> None:
 def test_the_portable_path_where_it_is_not_the_usual_one() -> None:
     """In that run the tests that name kernels see that it is."""
     skip_unless_sm90()
-    names = ("test_attention_cuda.py", "test_near_lse_cuda.py", "test_select_tiles_cuda.py")
-    files = [str(Path(__file__).with_name(name)) for name in names]
+    names = "attention", "attention_poison", "near_lse", "select_tiles"
+    files = [str(Path(__file__).with_name(f"test_{name}_cuda.py")) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "RTPURBO_PORTABLE": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from rtpurbo import ops
-from tests.gpu.attention_check import CUDA_TYPES, map_tensors, to_cuda
+from tests.gpu.attention_check import CUDA_TYPES
+from tests.gpu.views import on_cuda
 from tests.lists import lists_where
 
 
 def assert_like_the_cpu(*arguments: Any, **lists: Tensor) -> None:
     """NaN and infinities in the same places."""
-    got = ops.attention(*map_tensors(arguments, to_cuda), **map_tensors(lists, to_cuda))
+    got = ops.attention(*on_cuda(arguments), **on_cuda(lists))
     want = ops.attention(*arguments, **lists)
     tolerance = 1e-5 if want[0].dtype == torch.float32 else 2e-2
     for one, other in zip(got, want, strict=True):

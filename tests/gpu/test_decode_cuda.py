@@ -9,6 +9,7 @@ from rtpurbo import ops
 from tests import reference
 from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
+from tests.gpu.views import on_cuda
 
 
 def draw(seed: int, dim: int, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -50,33 +51,25 @@ def draw(seed: int, dim: int, dtype: torch.dtype) -> tuple[tuple, dict]:
     )  # fmt: skip
 
 
-def on(device, value):
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_decode_matches_the_reference(seed, dim, dtype, cuda_device):
+def test_decode_matches_the_reference(seed, dim, dtype):
     positional, keywords = draw(seed * 7 + dim, dim, dtype)
     exact, exact_lse = reference.decode(*positional, **keywords)
     low, _ = reference.decode(*positional, **keywords, compute=dtype)
-    out, lse = ops.decode(
-        *(on(cuda_device, a) for a in positional),
-        **{k: on(cuda_device, v) for k, v in keywords.items()},
-    )
+    out, lse = ops.decode(*on_cuda(positional), **on_cuda(keywords))
     allowed = 2 * (low.double() - exact).abs().max() + 1e-5
     assert (out.cpu().double() - exact).abs().max() <= allowed
     torch.testing.assert_close(lse.cpu().double(), exact_lse, atol=2e-4, rtol=1e-5)
 
 
-def assert_decodes(arguments, start, device, heads=slice(None), poisoned=None):
+def assert_decodes(arguments, start, heads=slice(None), poisoned=None):
     """`heads` of a step without lists are the reference's, on the keys and values of `poisoned`."""
     q, k, v, *rest = arguments
     exact, exact_lse = reference.decode(*arguments, start=start)
     low, _ = reference.decode(*arguments, start=start, compute=q.dtype)
-    on_device = (on(device, x) for x in (q, *(poisoned or (k, v))))
-    out, lse = ops.decode(*on_device, *rest, start=on(device, start))
+    out, lse = ops.decode(*on_cuda((q, *(poisoned or (k, v)))), *rest, start=on_cuda(start))
     allowed = 2 * (low.double() - exact).abs().max() + 1e-5
     assert ((out.cpu().double() - exact)[:, heads].abs() <= allowed).all()
     got, wanted = lse.cpu().double()[:, heads], exact_lse[:, heads]
@@ -87,57 +80,57 @@ def assert_decodes(arguments, start, device, heads=slice(None), poisoned=None):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_local_heads_beside_heads_that_read_every_key(seed, dim, dtype, poison, cuda_device):
+def test_local_heads_beside_heads_that_read_every_key(seed, dim, dtype, poison):
     """They share loads, and nothing else: far keys may hold anything for a local head."""
     (q, k, v, retrieval, window, _, sinks, scale), keywords = draw(seed * 5 + dim, dim, dtype)
     start, keys = keywords["start"], k.shape[2]
     arguments = q, k, v, retrieval, window, window, sinks, scale
     if poison is None:
-        return assert_decodes(arguments, start, cuda_device)
+        return assert_decodes(arguments, start)
     begin = (torch.zeros(len(q), dtype=torch.long) if start is None else start) + sinks
     n = torch.arange(keys)
     far = (n >= begin[:, None]) & (n < keys - window)
     picked = (far & (torch.rand(far.shape) < 0.1))[:, None, :, None]
     poisoned = tuple(x.masked_fill(picked, poison) for x in (k, v))
     local = [h for h in range(q.shape[1]) if h not in retrieval]
-    assert_decodes(arguments, start, cuda_device, local, poisoned)
+    assert_decodes(arguments, start, local, poisoned)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_one_kv_head_of_three_reads_every_key(dim, padded, batch, cuda_device):
+def test_one_kv_head_of_three_reads_every_key(dim, padded, batch):
     """Its keys have most of the parts; of the short sets' parts most are empty."""
     torch.manual_seed(dim + batch)
     q = torch.randn(batch, 1, 9, dim, dtype=torch.bfloat16).transpose(1, 2)
     k, v = (torch.randn(batch, 9001, 3, dim).bfloat16().transpose(1, 2) for _ in range(2))
     start = torch.arange(batch) * 700 if padded else None
-    assert_decodes((q, k, v, [4], 100, 100, 4, dim**-0.5), start, cuda_device)
+    assert_decodes((q, k, v, [4], 100, 100, 4, dim**-0.5), start)
 
 
 @pytest.mark.parametrize("retrieving", [1, 7, 8, 9, 12, 15, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_sixteen_heads_of_a_kv_head_of_which_some_read_every_key(dtype, retrieving, cuda_device):
+def test_sixteen_heads_of_a_kv_head_of_which_some_read_every_key(dtype, retrieving):
     """Local heads fill the last set of those that read all; the rest have sets of their own."""
     torch.manual_seed(retrieving)
     q = torch.randn(2, 16, 1, 64).to(dtype)
     k, v = (torch.randn(2, 1, 1000, 64).to(dtype) for _ in "kv")
     rest = list(range(16 - retrieving, 16)), 100, 100, 3, 0.125
     start = torch.tensor([0, 950])
-    assert_decodes((q, k, v, *rest), start, cuda_device)
+    assert_decodes((q, k, v, *rest), start)
 
 
 @pytest.mark.parametrize("batch, keys", [(1, 1), (1, 16), (1, 60), (300, 40), (150, 500)])
 @pytest.mark.parametrize("retrieval", [[], [0, 3]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_heads_of_one_part_are_whole(dtype, retrieval, batch, keys, cuda_device):
+def test_heads_of_one_part_are_whole(dtype, retrieval, batch, keys):
     """Few keys or many sequences: nothing is split, and nothing is merged."""
     torch.manual_seed(batch + keys)
     q = torch.randn(batch, 4, 1, 128).to(dtype)
     k, v = (torch.randn(batch, 2, keys, 128).to(dtype) for _ in "kv")
     rest = retrieval, 30, 30, 2, 0.1
     start = torch.randint(0, keys + 1, (batch,))  # the last see nothing
-    assert_decodes((q, k, v, *rest), start, cuda_device)
+    assert_decodes((q, k, v, *rest), start)
 
 
 @pytest.mark.parametrize("keys", [700, 5000])
@@ -151,16 +144,14 @@ def test_sets_on_most_multiprocessors_stay_whole_or_are_split(padded, retrieval,
     q = torch.randn(batch, 4, 1, 64).bfloat16()
     k, v = (torch.randn(batch, 2, keys, 64).bfloat16() for _ in "kv")
     start = torch.randint(0, keys, (batch,)) if padded else None
-    assert_decodes((q, k, v, retrieval, 300, 300, 2, 0.1), start, cuda_device)
+    assert_decodes((q, k, v, retrieval, 300, 300, 2, 0.1), start)
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_drawn_steps_repeat(seed, dim, dtype, cuda_device):
-    positional, keywords = draw(seed * 11 + dim, dim, dtype)
-    positional = [on(cuda_device, a) for a in positional]
-    keywords = {name: on(cuda_device, a) for name, a in keywords.items()}
+def test_drawn_steps_repeat(seed, dim, dtype):
+    positional, keywords = on_cuda(draw(seed * 11 + dim, dim, dtype))
     assert_repeats(lambda: ops.decode(*positional, **keywords))
 
 
@@ -199,7 +190,7 @@ def test_select_and_decode_repeat(cuda_device):
 
 @pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "spike"])
 @pytest.mark.parametrize("block_size", [1, 64])
-def test_long_rows_equal_the_exact_cpu(kind, block_size, cuda_device):
+def test_long_rows_equal_the_exact_cpu(kind, block_size):
     torch.manual_seed(1)
     keys = 300_007
     q_index, k_index = torch.randn(2, 3, 1, 16), torch.randn(2, 3, keys, 16)
@@ -211,7 +202,7 @@ def test_long_rows_equal_the_exact_cpu(kind, block_size, cuda_device):
         k_index[:, :, 12_345] = 30 * q_index[:, :, 0]
     arguments = (q_index, k_index.half(), [0, 1, 2], 0.9, 1024, 4, 64, block_size)
     cpu = ops.select(*arguments)
-    cuda = [t.cpu() for t in ops.select(*(on(cuda_device, a) for a in arguments))]
+    cuda = [t.cpu() for t in ops.select(*on_cuda(arguments))]
     # Scores near the threshold differ in their last bits.
     slack = 3 + cpu[1].max() // 5_000
     for b in range(2):
@@ -343,10 +334,7 @@ def test_every_head_of_many_can_have_a_list(cuda_device):
     positional = (q, k, k, list(range(heads)), 20, 20, 2, 0.125)
     lists = {"indices": indices, "counts": torch.full((1, heads, 1), 3, dtype=torch.int32)}
     expected = ops.decode(*positional, **lists)
-    got = ops.decode(
-        *(on(cuda_device, a) for a in positional),
-        **{name: value.to(cuda_device) for name, value in lists.items()},
-    )
+    got = ops.decode(*on_cuda(positional), **on_cuda(lists))
     torch.testing.assert_close(got[0].cpu(), expected[0], atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="Hq <= 256"):
         ops.decode(

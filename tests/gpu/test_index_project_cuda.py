@@ -7,7 +7,7 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
-from tests.gpu.views import draw_features, to_cuda
+from tests.gpu.views import draw_features, on_cuda
 from tests.properties import DTYPES
 from tests.samples import index_project_samples, numbers
 
@@ -35,10 +35,6 @@ def draw_arguments(seed):
         for many in (q_heads, k_heads)
     )
     return q, k, w_q, w_k, q_heads, k_heads, rng.choice([None, *DTYPES])
-
-
-def on_cuda(arguments):
-    return [to_cuda(a) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 def assert_close(got, exact, bound, dim):

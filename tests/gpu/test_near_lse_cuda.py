@@ -7,14 +7,15 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
-from tests.gpu.attention_check import CUDA_TYPES, map_tensors, to_cuda
+from tests.gpu.attention_check import CUDA_TYPES
+from tests.gpu.views import on_cuda
 from tests.ops.attention_cases import draw
 
 TOLERANCE = 1e-5
 
 
 def check(arguments: tuple) -> torch.Tensor:
-    actual = ops.near_lse(*map_tensors(arguments, to_cuda))
+    actual = ops.near_lse(*on_cuda(arguments))
     assert actual.dtype == torch.float32
     torch.testing.assert_close(
         actual.cpu().double(), reference.near_lse(*arguments), atol=TOLERANCE, rtol=TOLERANCE

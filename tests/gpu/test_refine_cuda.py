@@ -7,6 +7,7 @@ import torch
 
 from rtpurbo import ops
 from tests.gpu.repeats import assert_repeats
+from tests.gpu.views import on_cuda
 
 BLOCK = 64
 
@@ -38,10 +39,6 @@ def draw(seed: int) -> dict:
         ranges=ranges,
         refine=True,
     )
-
-
-def on_cuda(arguments: dict) -> dict:
-    return {n: a.cuda() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
 
 
 def assert_near_the_cpus(got, want, keys: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from rtpurbo import ops
 from tests import reference
-from tests.gpu.views import to_cuda
+from tests.gpu.views import on_cuda
 from tests.properties import DTYPES
 from tests.samples import retrieval_scores_samples
 
@@ -39,10 +39,6 @@ def draw_arguments(seed):
         scale=dim**-0.5,
         start=start,
     )
-
-
-def on_cuda(arguments):
-    return {n: to_cuda(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
 
 
 @pytest.mark.parametrize("seed", range(200))

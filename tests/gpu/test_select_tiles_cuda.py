@@ -10,7 +10,7 @@ import torch
 from rtpurbo import ops
 from tests.gpu.kernels import PORTABLE, kernels_of, skip_unless_sm90
 from tests.gpu.repeats import assert_repeats
-from tests.gpu.views import to_cuda
+from tests.gpu.views import on_cuda
 from tests.reference.quantize_index import all_keys
 from tests.reference.select_tiles import settled, tile_of
 
@@ -97,10 +97,6 @@ def draw_of_a_model(seed: int) -> dict:
         if rng.random() < share:
             case[name] = None
     return case
-
-
-def on_cuda(case: dict) -> dict:
-    return {k: to_cuda(v) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
 
 
 def both(case: dict) -> tuple[tuple, tuple]:

@@ -74,8 +74,7 @@ int64_t tiles_of(const AttentionParams& params) {
 
 /// How many of a role's heads run together, so that the keys and values that they read at a time
 /// stay in L2. The heads of a kv head are adjacent.
-uint32_t heads_of_section(const AttentionParams& params, const HeadJob* jobs, int64_t heads,
-                          bool near) {
+uint32_t heads_of_section(const AttentionParams& params, const HeadJob* jobs, int64_t heads) {
   if (heads == 0) return 1;
   int64_t kv_heads = 1;
   for (const HeadJob* job = jobs + 1; job < jobs + heads; ++job) {
@@ -84,7 +83,7 @@ uint32_t heads_of_section(const AttentionParams& params, const HeadJob* jobs, in
   // Keys that fit. Half of L2, as each half of it keeps copies of what the other holds.
   int64_t room = device_attribute(cudaDevAttrL2CacheSize) / 2 / (int64_t{params.dim} * 4);
   int64_t of_kv_head = params.keys;
-  if (near) {
+  if (jobs->near) {
     // A window for each kv head, and the rows that all blocks work on.
     const int64_t rows = device_attribute(cudaDevAttrMultiProcessorCount) * int64_t{kTileRows};
     of_kv_head = std::min<int64_t>(std::max(params.keys, params.local_keys),
@@ -133,9 +132,9 @@ WorkQueue work_queue(const AttentionParams& params, const Split& split) {
       static_cast<uint32_t>(params.batch * retrieval * tiles * split.retrieval);
   const auto near_items = static_cast<uint32_t>(params.batch * near * tiles * split.near);
   const HeadJob* jobs = params.heads.jobs;
-  return {.retrieval = {0, retrieval, heads_of_section(params, jobs, retrieval, false),
+  return {.retrieval = {0, retrieval, heads_of_section(params, jobs, retrieval),
                         static_cast<uint32_t>(split.retrieval), 0},
-          .near = {retrieval, near, heads_of_section(params, jobs + retrieval, near, true),
+          .near = {retrieval, near, heads_of_section(params, jobs + retrieval, near),
                    static_cast<uint32_t>(split.near), split.retrieval > 1 ? retrieval_items : 0},
           .retrieval_items = retrieval_items,
           .items = retrieval_items + near_items,
