@@ -29,6 +29,7 @@ from benchmarks.registry import Case, Wanted, benchmark, in_turn
 PARTS: dict[str, Callable[[Step], object]] = {
     "step": Step.whole,
     "sparse_decode": Step.select_and_attend,
+    "exact sparse_decode": Step.select_exactly_and_attend,
     "near_lse": Step.near_lse,
     "select": Step.select,
     "attend": Step.attend,
@@ -57,7 +58,7 @@ HEADS = {
     WIDE.shape: WIDE,
 }
 LENGTHS = [16, 64, 256, 512, *(2**i * 1024 for i in range(11))]
-DEFAULTS_SELECT = [(1, 51_200), (4, 24_576), (16, 14_336), (64, 12_544)]
+DEFAULTS_SELECT = [(1, 39_936), (4, 18_432), (16, 12_800), (64, 11_264)]
 """Batch and keys: a few more than those from which on an H200 selects with 64 `min_tokens`."""
 SHAPES: list[dict[str, Any]] = [
     *[

@@ -73,7 +73,7 @@ class Step:
         self.floor = min(selected, max(1, keys - self.near_window - SINKS))
         self.min_tokens = self.floor if min_tokens is None else min_tokens
         self.near = self.near_lse()
-        self.lists = self.select()
+        self.lists = self.lists_by(self.k_index)
 
     def near_lse(self) -> Tensor:
         heads = self.retrieval, self.layer.owners
@@ -84,17 +84,25 @@ class Step:
         """Of the true logits; in form `full` that of the index counts."""
         return self.near if self.beyond_window else None
 
+    @property
+    def exact(self) -> bool:
+        """As a model selects (`rtpurbo/attention.py`)."""
+        return not self.q.is_cuda
+
     def select(self) -> tuple[Tensor, Tensor]:
-        return self.lists_by(self.k_index)
+        return self.lists_by(self.k_index, exact=self.exact)
 
     def refine(self) -> tuple[Tensor, Tensor]:
         """`select` with codes, and again among twice as many with all keys in 16 bits."""
         return self.lists_by(self.every_index, refine=True)
 
-    def lists_by(self, k_index: Tensor, refine: bool = False) -> tuple[Tensor, Tensor]:
+    def lists_by(
+        self, k_index: Tensor, *, refine: bool = False, exact: bool = True
+    ) -> tuple[Tensor, Tensor]:
         indices, counts, _ = ops.select(
             self.q_index, k_index, self.index_map, TINY_P, self.near_window, SINKS, self.floor,
-            near_lse=self.near_mass, capacity=2 * self.floor, **self.coded, refine=refine,
+            near_lse=self.near_mass, capacity=2 * self.floor, exact=exact, refine=refine,
+            **self.coded,
         )  # fmt: skip
         return indices, counts
 
@@ -182,17 +190,24 @@ class Step:
             "dense": batch * (owners * keys + (kv_heads - owners) * local) * row,
         }
         every["sparse_decode"] = every["attend"] + scan
+        every["exact sparse_decode"] = every["sparse_decode"]
         every["refined step"] = every["near_lse"] + every["refine"] + every["attend"]
         every["step"] = every["sparse_decode" if self.selects else "dense"]
         return every[part]
 
-    def select_and_attend(self, block_size: int = 1) -> Tensor:
+    def select_and_attend(self) -> Tensor:
+        return self.sparse_decode(self.exact)
+
+    def select_exactly_and_attend(self) -> Tensor:
+        return self.sparse_decode(exact=True)
+
+    def sparse_decode(self, exact: bool, block_size: int = 1) -> Tensor:
         return ops.sparse_decode(
             self.q, self.k, self.v, self.retrieval, self.q_index, self.k_index, self.index_map,
             TINY_P, self.window, self.near_window, SINKS, self.floor, self.scale,
-            block_size=block_size, beyond_window=self.beyond_window, **self.coded,
+            block_size=block_size, beyond_window=self.beyond_window, exact=exact, **self.coded,
         )[0]  # fmt: skip
 
     def fixed_blocks(self) -> Tensor:
         """Quest's budget: as many tokens, in blocks of 16 by their mass under the index."""
-        return self.select_and_attend(block_size=16)
+        return self.sparse_decode(self.exact, block_size=16)

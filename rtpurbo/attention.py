@@ -211,12 +211,13 @@ def _decode(
         )  # fmt: skip
     else:
         keys = cache.index_keys()
+        exact = config.exact_sets or not q.is_cuda
         out, last.lse, last.selected, last.counts, last.mass = ops.sparse_decode(
             q, k_pages, v_pages, heads, q_index, keys.keys, context.index.index_map, config.top_p,
             window, config.near_window, config.sinks, config.min_tokens, scale,
             block_size=config.block_size, beyond_window=config.index == "beyond_window",
             offset=_offset(context), k_local=k_ring, v_local=v_ring, start=start,
-            length=cache.length, codes=keys.codes, ranges=keys.ranges,
+            length=cache.length, codes=keys.codes, ranges=keys.ranges, exact=exact,
         )  # fmt: skip
     cache.settle()
     last.keep(cache)

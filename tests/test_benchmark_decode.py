@@ -95,7 +95,7 @@ def test_a_step_asks_the_rule_as_a_model_does(monkeypatch):
         config = SimpleNamespace(
             select_from=None, window=step.window, near_window=step.near_window, sinks=SINKS,
             index=shape.get("form", "beyond_window"), index_dim=INDEX_DIM, index_bits=step.bits,
-            min_tokens=step.min_tokens, block_size=1, refine=False,
+            min_tokens=step.min_tokens, block_size=1, refine=False, exact_sets=False,
         )  # fmt: skip
         context = SimpleNamespace(
             heads=layer.retrieval_heads, full_kv_heads=set(layer.owners),

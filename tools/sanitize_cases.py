@@ -58,11 +58,11 @@ def sparse_decode(dim: int, dtype: torch.dtype, keys: int, block_size: int, bits
     k_index, more = coded_half(draw(2, 3, keys, 16, dtype=torch.float16), bits)
     k_index[1, 2, -60:] = torch.nan
     k[0, 1, ::9, 3] = v[0, 0, ::7, 5] = torch.inf
-    for p, beyond in ((0.8, True), (1.0, False)):
+    for p, beyond, exact in ((0.8, True, True), (0.8, True, False), (1.0, False, True)):
         ops.sparse_decode(
             q, k, v, [0, 9, 17], draw(2, 3, 1, 16, dtype=torch.float16), k_index, [0, 1, 2], p,
             40, 40, 3, 20, dim**-0.5, block_size, beyond,
-            start=torch.tensor([0, keys // 3], device=CUDA), **more,
+            start=torch.tensor([0, keys // 3], device=CUDA), exact=exact, **more,
         )  # fmt: skip
 
 
@@ -72,10 +72,11 @@ def sifted(keys: int, bits: int, heads: int = 32, key_heads: int = 32) -> None:
     q, k, v = (draw(1, h, n, 64, dtype=torch.bfloat16) for h, n in sizes)
     k_index, more = coded_half(draw(1, key_heads, keys, 16, dtype=torch.float16), bits)
     index_map = [head * key_heads // heads for head in range(heads)]
-    ops.sparse_decode(
-        q, k, v, list(range(heads)), 4 * draw(1, heads, 1, 16, dtype=torch.float16), k_index,
-        index_map, 0.8, 100, 100, 3, 20, 0.125, **more,
-    )  # fmt: skip
+    for exact in (True, False):
+        ops.sparse_decode(
+            q, k, v, list(range(heads)), 4 * draw(1, heads, 1, 16, dtype=torch.float16), k_index,
+            index_map, 0.8, 100, 100, 3, 20, 0.125, exact=exact, **more,
+        )  # fmt: skip
 
 
 def rings(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> None:

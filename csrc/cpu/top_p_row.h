@@ -12,7 +12,8 @@
 namespace rtpurbo::cpu::CPU_CAPABILITY {
 
 /// A bin spans 2^(1/16) in weight, so the fast mode takes at most one bin of members whose weights
-/// lie within 4.5 % of the threshold's; the last bin holds everything below 2^-127 of the maximum.
+/// lie within 4.5 % of the threshold's; the last bin holds everything below 2^-127 of the maximum
+/// and is never taken whole.
 inline constexpr int64_t kTopPBins = 2048;
 inline constexpr double kTopPBinsPerNat = 16.0 * 1.4426950408889634;
 
@@ -101,7 +102,7 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
     }
     std::sort(members.begin(), members.end());
     for (const auto& [negated, position] : members) {
-      if (exact && done()) break;
+      if ((exact || bin == kTopPBins - 1) && done()) break;
       cut_score = -negated;
       cut_position = position;
       mass += std::exp(cut_score - reference);

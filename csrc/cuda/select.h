@@ -19,6 +19,7 @@ struct SelectParams {
   int code_bits;              // 4 or 8
   bool refine;                // k_index goes on before its first row, down to key 0; select only
   HeadList index_map;         // key head of each query head
+  bool whole_bins;            // the rest of the threshold's bin may be added
   bool near_is_scored;        // form `full`: the near keys' mass is that of their scores
   const float* near_lse_ptr;  // [B, heads, rows], or null
   const float* offset_ptr;    // [heads], or null
@@ -46,7 +47,8 @@ struct SelectPlan {
 };
 
 /// Scores all keys, then chooses by a histogram of log-weights and, inside the threshold bin, by
-/// radix selection. Masses are summed as integers: reruns give the same bits.
+/// radix selection, unless it is added whole. Masses are summed as integers: reruns give the same
+/// bits.
 cudaError_t plan_select(const SelectParams& params, SelectPlan& plan);
 cudaError_t launch_select(const SelectParams& params, const SelectPlan& plan, void* workspace,
                           cudaStream_t stream);

@@ -52,7 +52,7 @@ Result select_cpu(const at::Tensor& q_index, const at::Tensor& k_index, at::IntA
 Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map,
                    double p, int64_t window, int64_t sinks, int64_t min_tokens, int64_t block_size,
                    const MaybeTensor& near_lse, const MaybeTensor& offset, const MaybeTensor& start,
-                   int64_t capacity, bool /*exact: changes nothing*/, const MaybeTensor& codes,
+                   int64_t capacity, bool exact, const MaybeTensor& codes,
                    const MaybeTensor& ranges, bool refine) {
   check_selection(kOp, p, min_tokens, block_size);
   TORCH_CHECK_VALUE(capacity >= 0, "rtpurbo::select: capacity must be >= 0, got ", capacity);
@@ -70,6 +70,7 @@ Result select_cuda(const at::Tensor& q_index, const at::Tensor& k_index, at::Int
   params.capacity = room;
   params.min_members = min_members(min_tokens, block_size);
   params.p = p;
+  params.whole_bins = !exact;
   cuda::run_select(kOp, params, q_index);
   return result;
 }

@@ -104,7 +104,7 @@ Result composed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                 int64_t near_window, int64_t sinks, int64_t min_tokens, double scale,
                 int64_t block_size, bool beyond_window, const MaybeTensor& offset,
                 const MaybeTensor& k_local, const MaybeTensor& v_local, const MaybeTensor& start,
-                int64_t length, const MaybeTensor& codes, const MaybeTensor& ranges) {
+                int64_t length, const MaybeTensor& codes, const MaybeTensor& ranges, bool exact) {
   const Checked checked(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window,
                         near_window, sinks, min_tokens, scale, block_size, offset, k_local, v_local,
                         start, length, {codes, ranges});
@@ -115,7 +115,7 @@ Result composed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   }
   const auto [indices, counts, mass] =
       select(q_index, k_index, index_map, p, near_window, sinks, min_tokens, block_size, near,
-             offset, start, 0, true, codes, ranges);
+             offset, start, 0, exact, codes, ranges);
   const auto [out, lse] = decode(q, k, v, retrieval_heads, window, near_window, sinks, scale,
                                  indices, counts, block_size, k_local, v_local, start, length);
   return {out, lse, key_mask(indices, counts, checked.keys(), block_size), counts, mass};
@@ -147,7 +147,7 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
              int64_t sinks, int64_t min_tokens, double scale, int64_t block_size,
              bool beyond_window, const MaybeTensor& offset, const MaybeTensor& k_local,
              const MaybeTensor& v_local, const MaybeTensor& start, int64_t length,
-             const MaybeTensor& codes, const MaybeTensor& ranges) {
+             const MaybeTensor& codes, const MaybeTensor& ranges, bool exact) {
   const Checked checked(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window,
                         near_window, sinks, min_tokens, scale, block_size, offset, k_local, v_local,
                         start, length, {codes, ranges});
@@ -162,6 +162,7 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     params.select.near_is_scored = !beyond_window;
     params.select.min_members = min_members(min_tokens, block_size);
     params.select.p = p;
+    params.select.whole_bins = !exact;
     cuda::SparseDecodePlan plan;
     const cudaError_t planned = cuda::plan_sparse_decode(params, cuda::multiprocessors(), plan);
     if (planned != cudaErrorNotSupported) {
@@ -171,7 +172,7 @@ Result fused(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   }
   return composed(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window, near_window,
                   sinks, min_tokens, scale, block_size, beyond_window, offset, k_local, v_local,
-                  start, length, codes, ranges);
+                  start, length, codes, ranges, exact);
 }
 #endif
 
@@ -184,13 +185,13 @@ Result sparse_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                      int64_t block_size, bool beyond_window, const MaybeTensor& offset,
                      const MaybeTensor& k_local, const MaybeTensor& v_local,
                      const MaybeTensor& start, int64_t length, const MaybeTensor& codes,
-                     const MaybeTensor& ranges) {
+                     const MaybeTensor& ranges, bool exact) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("rtpurbo::sparse_decode", "")
                              .typed<decltype(sparse_decode)>();
   return op.call(q, k, v, retrieval_heads, q_index, k_index, index_map, p, window, near_window,
                  sinks, min_tokens, scale, block_size, beyond_window, offset, k_local, v_local,
-                 start, length, codes, ranges);
+                 start, length, codes, ranges, exact);
 }
 
 TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
@@ -199,7 +200,7 @@ TORCH_LIBRARY_FRAGMENT(rtpurbo, m) {
       " Tensor k_index, int[] index_map, float p, int window, int near_window, int sinks,"
       " int min_tokens, float scale, int block_size=1, bool beyond_window=True,"
       " Tensor? offset=None, Tensor? k_local=None, Tensor? v_local=None, Tensor? start=None,"
-      " int length=-1, Tensor? codes=None, Tensor? ranges=None)"
+      " int length=-1, Tensor? codes=None, Tensor? ranges=None, bool exact=True)"
       " -> (Tensor out, Tensor lse, Tensor selected, Tensor counts, Tensor mass)");
 }
 TORCH_LIBRARY_IMPL(rtpurbo, CPU, m) { m.impl("sparse_decode", &composed); }

@@ -15,7 +15,7 @@ namespace rtpurbo {
 /// q, k, v, retrieval_heads, window, near_window, sinks, scale, k_local, v_local, start, length
 ///                  as in `decode`; R >= 1 retrieval heads
 /// q_index          [B, R, 1, r]; k_index [B, Rk, N, r], or what follows codes
-/// index_map, p, min_tokens, block_size, offset, codes, ranges  as in `select`
+/// index_map, p, min_tokens, block_size, offset, codes, ranges, exact  as in `select`
 /// beyond_window    whether near keys count with their true logits (form `beyond_window`) or with
 ///                  those of the index (form `full`)
 /// returns          out, lse as in `decode`; selected int64 [B, R, 1, ceil(N / 64)]: bit i of word
@@ -31,6 +31,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sparse_de
     const std::optional<at::Tensor>& v_local = std::nullopt,
     const std::optional<at::Tensor>& start = std::nullopt, int64_t length = -1,
     const std::optional<at::Tensor>& codes = std::nullopt,
-    const std::optional<at::Tensor>& ranges = std::nullopt);
+    const std::optional<at::Tensor>& ranges = std::nullopt, bool exact = true);
 
 }  // namespace rtpurbo

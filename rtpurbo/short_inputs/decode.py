@@ -17,17 +17,16 @@ from rtpurbo.short_inputs.fast import FAST_INDEX_DIM
 
 H200_RATE = 4.9e12
 """Bytes a second that its memory gives at most."""
-STAGES_BYTES = 7 << 23
-"""What the stages of a selection cost, some 12 us."""
-LAUNCHES, REFINING_LAUNCHES = 3, 6
-"""How often STAGES_BYTES of `near_lse`, `select` and `decode` apart; with `refine`."""
+STAGES_BYTES, APART_BYTES, REFINING_BYTES = 23 << 21, 18 << 23, 43 << 23
+"""What the stages of a selection cost: in one launch, some 10 us, with `near_lse`, `select` and
+`decode` apart, and with `refine`."""
+EXACT_BYTES = 5 << 22
+"""What it costs beside the first two to find the smallest sets."""
 USUAL_TOKENS = 1024
 """Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
-LIST_BYTES, LISTED_COST = 7 << 16, 1.3
+LIST_BYTES, LISTED_COST = 1 << 17, 1.3
 """What each list costs, and its rows, over that to read as many one after the other."""
-FIRST_LISTS_BYTES = 1 << 24
-"""Up to these, lists cost twice as much: there are too few to keep the memory busy."""
-SCORE_BYTES = 29
+SCORE_BYTES = 28
 """What ranking one score of a retrieval head costs, its index key aside."""
 REFINED_SCORE_BYTES = 74
 """The same where what it selects is scored again."""
@@ -36,7 +35,7 @@ SIFTED_SCORES = 1 << 23
 SIFTED_KEYS = 1 << 15
 """The same of keys."""
 SIFTED_SCORE_BYTES = 8
-SIFTING_BYTES = 15 << 23
+SIFTING_BYTES = 17 << 23
 """What a score costs with a sieve, and what this costs beside STAGES_BYTES: its sample's stages."""
 
 
@@ -84,6 +83,7 @@ def fewest_far_keys(context: LayerContext, q: Tensor) -> int:
         one_launch=one_launch,
         sifts=sifts,
         refines=config.refine,
+        exact=config.exact_sets,
         rate=memory_rate(q.device),
     )
 
@@ -99,6 +99,7 @@ def fewest_to_select_from(
     one_launch: bool = True,
     sifts: bool = False,
     refines: bool = False,
+    exact: bool = False,
     rate: float = H200_RATE,
 ) -> int:
     """Far keys from which a selection is quicker on a GPU than to read all of them.
@@ -106,13 +107,15 @@ def fewest_to_select_from(
     `read`: bytes a far key of keys and values; `index`: those of its index keys;
     `row`: those of a key and value that a retrieval head selects; `one_launch`: instead of one for
     each of `near_lse`, `select` and `decode`; `sifts`: it has a sieve for many scores;
-    `refines`: scores what it selects again; `rate`: of the memory.
+    `refines`: scores what it selects again; `exact`: finds the smallest sets; `rate`: of the
+    memory.
     """
     pace = rate / H200_RATE
-    launches = 1 if one_launch else REFINING_LAUNCHES if refines else LAUNCHES
+    stages = REFINING_BYTES
+    if not refines:
+        stages = (STAGES_BYTES if one_launch else APART_BYTES) + (EXACT_BYTES if exact else 0)
     rows = int(LISTED_COST * row * max(min_tokens, USUAL_TOKENS))
-    lists = batch * heads * (LIST_BYTES + rows)
-    least = STAGES_BYTES * launches + lists + min(lists, FIRST_LISTS_BYTES)
+    least = stages + batch * heads * (LIST_BYTES + rows)
 
     def fewest(least: int, ranked: int) -> int:
         spared = batch * (read - index - heads * ranked * pace)

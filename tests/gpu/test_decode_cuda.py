@@ -1,5 +1,6 @@
 """select and decode on CUDA at sizes that the property tests do not reach."""
 
+import itertools
 import random
 
 import pytest
@@ -216,12 +217,33 @@ def test_long_rows_equal_the_exact_cpu(kind, block_size):
 
 
 @pytest.mark.parametrize("block_size", [1, 64])
-def test_exact_changes_nothing_in_select(block_size, cuda_device):
-    q_index, k_index = (torch.randn(2, 3, n, 16, device=cuda_device).half() for n in (1, 5003))
-    arguments = q_index, k_index, [0, 1, 2], 0.9, 100, 4, 64, block_size
-    fast, exact = (ops.select(*arguments, exact=exact) for exact in (False, True))
-    for one, other in zip(fast, exact, strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("kind", ["flat", "sharp", "equal", "refined"])
+def test_select_without_exact_adds_the_rest_of_a_bin(kind, block_size, cuda_device):
+    """Unless that is many, as where all score alike, or the choice is refined."""
+    torch.manual_seed(block_size)
+    q_index, k_index = (torch.randn(2, 3, n, 16, device=cuda_device).half() for n in (1, 50_003))
+    q_index *= {"sharp": 4, "equal": 0}.get(kind, 1)
+    more = {}
+    if kind == "refined":
+        block_size = 1
+        more = dict(
+            zip(("codes", "ranges"), ops.quantize_index(k_index[:, :, :49_984], 4), strict=True)
+        )
+        more["refine"] = True
+    arguments = q_index, k_index, [0, 1, 2], 0.7, 100, 4, 64, block_size
+    exact, fast = (ops.select(*arguments, exact=exact, **more) for exact in (True, False))
+    if kind in ("equal", "refined"):
+        assert all(map(torch.equal, exact, fast))
+        return
+    (indices, counts, mass), (more_indices, more_counts, more_mass) = exact, fast
+    assert (more_counts <= counts + counts // 4 + 32).all()
+    assert (more_counts > counts).any() or block_size == 64
+    assert (more_mass >= mass - 1e-5).all()
+    for b, head in itertools.product(range(2), range(3)):
+        own = set(indices[b, head, 0, : counts[b, head, 0]].tolist())
+        listed = more_indices[b, head, 0]
+        assert own <= set(listed[: more_counts[b, head, 0]].tolist())
+        assert (listed[more_counts[b, head, 0] :] == -1).all()
 
 
 @pytest.mark.usefixtures("memory_is_given_back")

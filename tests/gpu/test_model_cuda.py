@@ -47,7 +47,7 @@ def test_greedy_text_is_the_cpus_where_everything_is_selected(kind, settings, cu
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_selections_are_the_cpus(settings, cuda_device):
     ids, mask = padded((300, 190, 20))
-    cpu, cuda = pair("float32", cuda_device, **settings, top_p=0.6)
+    cpu, cuda = pair("float32", cuda_device, **settings, top_p=0.6, exact_sets=True)
     expected = in_pieces(cpu, ids, [290, 8, 1, 1], mask)
     got = in_pieces(cuda, ids.to(cuda_device), [290, 8, 1, 1], mask.to(cuda_device)).cpu()
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=0.05, rtol=0.05)
@@ -56,6 +56,22 @@ def test_selections_are_the_cpus(settings, cuda_device):
     torch.testing.assert_close(ours.mass.cpu(), theirs.mass, atol=0.02, rtol=0)
     for name in ("attended_tokens", "index_mass"):
         assert rtpurbo.stats(cuda)[name] == pytest.approx(rtpurbo.stats(cpu)[name], rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [{}, {"index_bits": 4}, {"block_size": 16}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_selects_a_few_more_unless_sets_are_exact(kind, settings, cuda_device):
+    ids, mask = (tensor.to(cuda_device) for tensor in padded((300, 190, 20)))
+    found = []
+    for exact in (True, False):
+        more = dict(settings, top_p=0.6, min_tokens=0, exact_sets=exact)
+        _, model = pair(kind, cuda_device, **more)
+        in_pieces(model, ids, [299, 1], mask)
+        found.append(state(model).layers[0].last)
+    exact, other = found
+    assert not (exact.selected & ~other.selected).any()
+    assert (other.counts <= exact.counts + exact.counts // 4 + 32).all()
+    assert (other.counts > exact.counts).any() or settings
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,14 +18,15 @@ from tests.reference.select import block_scores, index_logits
     min_tokens=st.integers(0, 70),
     block_size=st.sampled_from([1, 16, 32, 64]),
     room=st.none() | st.floats(0, 1),
+    exact=st.booleans(),
 )
-def test_select_sets(arguments, p, min_tokens, block_size, room):
+def test_select_sets(arguments, p, min_tokens, block_size, room, exact):
     q_index, k_index = arguments["q_index"], arguments["k_index"]
     batch, heads, rows, _ = q_index.shape
     keys = k_index.shape[2]
     blocks = -(-keys // block_size)
     capacity = 0 if room is None else max(1, int(room * blocks))
-    more = dict(p=p, min_tokens=min_tokens, block_size=block_size)
+    more = dict(p=p, min_tokens=min_tokens, block_size=block_size, exact=exact)
     indices, counts, mass = ops.select(**arguments, **more, capacity=capacity)
     unlimited, needed, _ = ops.select(**arguments, **more)
     assert indices.shape[-1] == (capacity or blocks)
@@ -50,9 +51,8 @@ def test_select_sets(arguments, p, min_tokens, block_size, room):
                 )
                 assert (indices[b, j, row, count:] == -1).all()
                 scores = block_scores(logits[b, j, row], far[b, row], block_size)
-                check_set(
-                    scores, float(forced[b, j, row]), p, floor, chosen, float(mass[b, j, row])
-                )
+                outside, share = float(forced[b, j, row]), float(mass[b, j, row])
+                check_set(scores, outside, p, floor, chosen, share, exact=exact)
 
 
 @given(arguments=selections(), p=st.floats(0.01, 1.0), block_size=st.sampled_from([1, 16]))

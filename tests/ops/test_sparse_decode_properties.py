@@ -26,6 +26,7 @@ choices = st.fixed_dictionaries(
         near_window=st.integers(1, 40) | st.integers(1, 600),
         beyond_window=st.booleans(),
         index_bits=st.sampled_from([16, 16, 8, 4]),
+        exact=st.booleans(),
     )
 )
 index_dims = st.sampled_from([4, 16, 16])
@@ -121,9 +122,9 @@ def check_selection(layer: Layer, arguments: dict, forced: Tensor, indices: Tens
                 assert not chosen
                 continue
             scores = block_scores(logits[b, j, 0], sees[b, 0] & ~close[b, 0], size)
-            check_set(
-                scores, float(forced[b, j, 0]), arguments["p"], floor, chosen, float(mass[b, j, 0])
-            )
+            outside, share = float(forced[b, j, 0]), float(mass[b, j, 0])
+            exact = arguments["exact"]
+            check_set(scores, outside, arguments["p"], floor, chosen, share, exact=exact)
 
 
 def check(layer: Layer, q: Tensor, k: Tensor, v: Tensor, arguments: dict, forced: Tensor) -> None:
@@ -132,7 +133,7 @@ def check(layer: Layer, q: Tensor, k: Tensor, v: Tensor, arguments: dict, forced
     indices = lists_of(selected, counts, layer.keys, arguments["block_size"])
     check_selection(layer, arguments, forced, indices, result)
     index = ("q_index", "k_index", "index_map", "codes", "ranges")
-    index += ("p", "min_tokens", "beyond_window")
+    index += ("p", "min_tokens", "beyond_window", "exact")
     attended = {name: value for name, value in arguments.items() if name not in index}
     attended |= dict(indices=indices, counts=counts)
     exact, exact_lse = reference.decode(q, k, v, **attended)

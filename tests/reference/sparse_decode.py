@@ -35,6 +35,7 @@ def sparse_decode(
     length: int = -1,
     codes: Tensor | None = None,
     ranges: Tensor | None = None,
+    exact: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     near = None
     if beyond_window:

@@ -29,7 +29,13 @@ __device__ __forceinline__ void for_each_chosen(const Selection& selection, cons
     bool some = false;
 #pragma unroll
     for (const float score : scores) some |= !(score < selection.cut.score);  // a NaN is in
-    if (some) {
+    if (some && selection.cut.whole) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int bin = Bin(bins_below(selection.top, scores[e])).number;
+        in |= static_cast<uint32_t>(bin <= selection.cut.bin) << e;
+      }
+    } else if (some) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         in |= static_cast<uint32_t>(!(scores[e] <= selection.cut.score)) << e;

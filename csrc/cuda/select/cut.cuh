@@ -22,9 +22,10 @@ __device__ __forceinline__ double relative_mass(float log_mass, float top) {
 }
 
 /// Which members are in: those with a larger score, and of those with this one the positions up to
-/// index.
+/// index; or those of a bin and of all above it.
 struct Cut {
-  int bin;  // that holds the score, kNoBin or kAllBins
+  int bin;     // that holds the score, kNoBin or kAllBins
+  bool whole;  // all of the bin is in, none of which is below the score
   float score;
   int32_t index;
   long long count;  // of members that are in
@@ -38,6 +39,13 @@ struct Cut {
 struct Wanted {
   double share;  // of all mass
   long long floor;
+  bool whole_bin = false;  // the rest of the last bin may be added
+
+  /// Whether it is, to what is above it: where that is little, and all have about one weight.
+  __device__ bool adds(int bin, long long of_bin, long long above) const {
+    constexpr long long kShare = 4, kFew = 32;
+    return whole_bin && bin < kBins - 1 && of_bin <= above / kShare + kFew;
+  }
 };
 
 class FindBin {
@@ -50,8 +58,9 @@ class FindBin {
     Cut cut;
   };
 
-  /// The cut before its bin is refined: mass and count are of near keys and lower bins. All mass is
-  /// that of the bins and `outside`, which is `near` and what is left out.
+  /// The cut before its bin is refined: mass and count are of near keys and lower bins, and of this
+  /// one where it is added whole. All mass is that of the bins and `outside`, which is `near` and
+  /// what is left out.
   static __device__ Cut run(const Wanted& wanted, double near, double outside,
                             const unsigned long long* bin_mass, const uint32_t* bin_count,
                             Shared& shared) {
@@ -77,6 +86,7 @@ class FindBin {
     if (threadIdx.x == 0) {  // unless a bin is found
       shared.bin = kAllBins;
       shared.cut = {.bin = none ? kNoBin : kAllBins,
+                    .whole = false,
                     .score = none ? INFINITY : -INFINITY,
                     .index = -1,
                     .count = none ? 0 : all.count,
@@ -87,7 +97,7 @@ class FindBin {
     }
     __syncthreads();
     // Neighbouring threads round the mass between them differently; the lowest bin rules.
-    Reached reached{near + before.mass, before.count}, before_bin{};
+    Reached reached{near + before.mass, before.count}, before_bin{}, of_bin{};
     int bin = kAllBins;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -95,15 +105,19 @@ class FindBin {
       if (!none && bin == kAllBins && own[j].count > 0 && next.reaches({target, floor})) {
         bin = first + j;
         before_bin = reached;
+        of_bin = own[j];
       }
       reached = next;
     }
     if (bin != kAllBins) atomicMin(&shared.bin, bin);
     __syncthreads();
     if (bin != kAllBins && bin == shared.bin) {
+      const bool whole = wanted.adds(bin, of_bin.count, before_bin.count);
+      const Reached in = whole ? before_bin + of_bin : before_bin;
       shared.cut.bin = bin;
-      shared.cut.count = before_bin.count;
-      shared.cut.mass = before_bin.mass;
+      shared.cut.whole = whole;
+      shared.cut.count = in.count;
+      shared.cut.mass = in.mass;
     }
     __syncthreads();
     return shared.cut;

@@ -355,12 +355,16 @@ class Finish {
   }
 };
 
-/// Stages 4 and 5, where FindBin found a bin. `shared` has room for both.
+/// Stages 4 and 5, where FindBin found a bin that is not added whole. `shared` has room for both.
 template <typename Shared>
 __device__ __forceinline__ void cut_bin(const SelectWorkspace& w, Team& team,
                                         const Members& members, float top, Cut& cut,
                                         Shared& shared) {
   if (cut.bin < 0 || cut.bin >= kBins) return;
+  if (cut.whole) {
+    cut.score = BinRange(top, cut.bin).low;
+    return;
+  }
   __syncthreads();
   Publish::run(members, top, cut.bin,
                w.cut_members + static_cast<int64_t>(blockIdx.x) * w.block_members,

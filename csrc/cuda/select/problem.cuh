@@ -29,8 +29,8 @@ constexpr int kLongRun = 2;
 constexpr int kSiftedHistograms = 3;
 
 /// A bin spans 2^(1/16) in weight below the row's largest score; the last one holds all the rest.
-constexpr int kBins = 512;
-constexpr float kBinsPerOctave = 16.0f;
+constexpr int kBins = 1024;
+constexpr float kBinsPerOctave = 32.0f;
 
 /// What a block of a team saw of its members' scores.
 struct BlockStats {
@@ -114,7 +114,7 @@ struct BinRange {
   __device__ bool holds(float score) const { return score >= low && score <= high; }
 };
 
-/// Weight relative to the upper edge of the bin, in (2^-1/16, 1]; less in the last bin.
+/// Weight relative to the upper edge of the bin, in (2^-1/32, 1]; less in the last bin.
 __device__ __forceinline__ float weight_in_bin(float below, float bin) {
   return fast_exp2((bin - below) * (1.0f / kBinsPerOctave));
 }

@@ -56,7 +56,7 @@ class Selector {
     unsigned long long* bin_mass = w.bin_mass + team.number * kBins;
     uint32_t* bin_count = w.bin_count + team.number * kBins;
     Selection found{};
-    Wanted wanted{p.p, p.min_members};
+    Wanted wanted{p.p, p.min_members, !kRefine && p.whole_bins};
     double left_out = 0.0;
     // One loop, so that its code is fetched once.
 #pragma unroll 1

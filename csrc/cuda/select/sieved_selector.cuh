@@ -94,7 +94,7 @@ class SievedSelector {
         const double near = relative_mass(shared.near, found.top);
         const double dropped =
             relative_mass(LogSum{stats.rest_shift, stats.rest_sum}.log(), found.top);
-        Wanted wanted{p.p, p.min_members};
+        Wanted wanted{p.p, p.min_members, p.whole_bins};
         double share = 1.0;
         if (sampling) {
           share = static_cast<double>(stats.candidates) /

@@ -25,7 +25,7 @@ __device__ __forceinline__ void clear_histograms(const SelectWorkspace& w, const
 }
 
 class Weigh {
-  static constexpr int kCopies = 4;         // of the histogram: lanes of one bin collide less often
+  static constexpr int kCopies = 2;         // of the histogram: lanes of one bin collide less often
   static constexpr int kSlots = kBins + 1;  // the last one for what is no member
 
  public:

@@ -21,6 +21,7 @@ SelectParams select_params(const char* op, const cpu::IndexParams& in) {
           .code_bits = static_cast<int>(in.code_bits),
           .refine = in.refine,
           .index_map = head_list(op, "index_map", {in.index_map, static_cast<size_t>(in.heads)}),
+          .whole_bins = false,
           .near_is_scored = in.near_lse_ptr == nullptr,
           .near_lse_ptr = static_cast<const float*>(in.near_lse_ptr),
           .offset_ptr = static_cast<const float*>(in.offset_ptr),
