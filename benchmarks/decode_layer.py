@@ -1,6 +1,7 @@
 """The tensors of one decode step of a layer, and what runs on them.
 
-The index picks exactly `selected` far tokens a head (a floor at a tiny p), so that bytes are known.
+The index picks `selected` far tokens a head (a floor at a tiny p), so that bytes are known; without
+`exact` also others of about the last one's weight, which the bytes leave out.
 """
 
 from functools import cached_property

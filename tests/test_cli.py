@@ -82,14 +82,15 @@ def test_adapt_passes_every_setting_on(dense, texts, tmp_path):
         "adapt", dense, "-o", tmp_path / "out", "--heads", tmp_path / "heads.json", "--window", 24,
         "--sinks", 2, "--index", "full", "--index-dim", 4, "--top-p", 0.8, "--min-tokens", 5,
         "--recent", 7, "--block-size", 16, "--prefill", "sparse", "--share-index-keys",
-        "--index-bits", 8, "--index-steps", 0, "--distill-steps", 0, "--texts", texts,
+        "--exact-sets", "--index-bits", 8, "--index-steps", 0, "--distill-steps", 0, "--texts",
+        texts,
     )  # fmt: skip
     model, tokenizer = rtpurbo.from_pretrained(tmp_path / "out")
     config = rtpurbo.patching.state(model).config
     expected = {
         "window": 24, "sinks": 2, "index": "full", "index_dim": 4, "top_p": 0.8, "min_tokens": 5,
         "recent": 7, "block_size": 16, "prefill": "sparse", "share_index_keys": True,
-        "index_bits": 8,
+        "index_bits": 8, "exact_sets": True,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert torch.equal(config.heads.roles, ROLES) and tokenizer is not None

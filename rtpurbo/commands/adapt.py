@@ -55,6 +55,9 @@ def adapt(
         bool, typer.Option("--refine", help="Score what 8 or 4 bits select again in 16.")
     ] = False,
     select_from: SelectFromOption = None,
+    exact_sets: Annotated[
+        bool, typer.Option("--exact-sets", help="Decode on CUDA selects the smallest sets.")
+    ] = False,
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 32768,
     sequences: Annotated[int, typer.Option(help="Training sequences of each stage.")] = 600,
     index_steps: Annotated[int, typer.Option(help="Steps of stage 1, 0 for none.")] = 600,
@@ -91,6 +94,7 @@ def adapt(
         index_bits=index_bits,
         refine=refine,
         select_from=select_from,
+        exact_sets=exact_sets,
     )
     check_destination(output)
     for folder in (output.absolute().parent, work):
