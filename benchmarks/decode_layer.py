@@ -210,5 +210,8 @@ class Step:
         )[0]  # fmt: skip
 
     def fixed_blocks(self) -> Tensor:
-        """Quest's budget: as many tokens, in blocks of 16 by their mass under the index."""
+        """Quest's budget: as many tokens, in blocks of 16 by their mass under the index.
+
+        Without `exact` some more, as in `select_and_attend`.
+        """
         return self.sparse_decode(self.exact, block_size=16)

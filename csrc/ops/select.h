@@ -31,7 +31,7 @@ namespace rtpurbo {
 ///            selects all far keys and gives a NaN mass; a row that sees no key: count 0, mass 1.
 /// exact      false may add members whose weights lie within 4.5 % of the last one's (CUDA: 2.2 %),
 ///            the rest of the threshold's histogram bin. On CUDA it does where the bin has at most
-///            32 members and a quarter of those above it, but not to refined rows
+///            32 members more than a quarter of those above it, but not to refined rows
 /// On CUDA weights are rounded to 17 bits, so that 2^-17 may be missing to p.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select(
     const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map, double p,

@@ -48,7 +48,7 @@ def select(
         capacity: room for members, 0 for ceil(N / block_size).
         exact: False may add members whose weights lie within 4.5 % of the last one's (CUDA: 2.2 %),
             the rest of the threshold's histogram bin. On CUDA it does where the bin has at most 32
-            members and a quarter of those above it, but not to refined rows, and weights are
+            members more than a quarter of those above it, but not to refined rows, and weights are
             rounded either way, as by `top_p` without it.
         codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
         refine: with codes and block_size 1: k_index holds all N keys. Of a row whose smallest set

@@ -24,7 +24,7 @@ EXACT_BYTES = 5 << 22
 """What it costs beside the first two to find the smallest sets."""
 USUAL_TOKENS = 1024
 """Tokens that a retrieval head is taken to select at least: a real model's mean (README)."""
-LIST_BYTES, LISTED_COST = 1 << 17, 1.3
+LIST_BYTES, LISTED_COST = 1 << 16, 1.3
 """What each list costs, and its rows, over that to read as many one after the other."""
 SCORE_BYTES = 28
 """What ranking one score of a retrieval head costs, its index key aside."""

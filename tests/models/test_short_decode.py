@@ -93,29 +93,31 @@ def test_a_gpu_selects_where_reading_all_keys_costs_more():
 @pytest.mark.parametrize(
     "rate, bits, keys, speed",
     [
-        (H200_RATE, 16, 262_144, 0.76), (H200_RATE, 16, 1_048_576, 1.23),
-        (H200_RATE, 4, 131_072, 0.74), (H200_RATE, 4, 524_288, 1.55),
+        (H200_RATE, 16, 262_144, 0.81), (H200_RATE, 16, 1_048_576, 1.31),
+        (H200_RATE, 4, 131_072, 0.82), (H200_RATE, 4, 262_144, 1.08),
         (H100_RATE, 16, 262_144, 0.87), (H100_RATE, 16, 524_288, 1.14),
         (H100_RATE, 4, 131_072, 0.9), (H100_RATE, 4, 262_144, 1.22),
     ],
 )  # fmt: skip
 def test_a_sieve_serves_many_heads(rate, bits, keys, speed):
-    """`speed`: of 32 of 32 retrieval heads against reading every key."""
+    """`speed`: of 32 of 32 retrieval heads against reading every key, above 1 on an H200 against
+    cuDNN."""
     shape = 1, 32, 4 * ROW, 32 * 16 * bits // 8, ROW, 8192
-    assert (keys >= fewest_to_select_from(*shape, sifts=True, rate=rate)) == (speed > 1)
+    fewest = fewest_to_select_from(*shape, sifts=True, rate=rate)
+    assert (keys - 8196 >= fewest) == (speed > 1)
 
 
 @pytest.mark.parametrize(
     "layer, batch, keys, speed",
     [
-        ((5, 4, 128), 1, 32_768, 0.88), ((5, 4, 128), 1, 65_536, 1.28),
-        ((5, 4, 128), 4, 16_384, 0.92), ((5, 4, 128), 4, 32_768, 1.50),
-        ((5, 4, 128), 16, 16_384, 1.25), ((4, 1, 128), 16, 32_768, 1.19),
-        ((1, 1, 128), 1, 65_536, 0.79), ((1, 1, 128), 1, 131_072, 1.08),
-        ((5, 4, 64), 1, 65_536, 0.91), ((5, 4, 64), 1, 131_072, 1.26),
-        ((1, 1, 64), 1, 131_072, 0.71), ((1, 1, 64), 4, 131_072, 1.43),
-        ((3, 3, 64), 4, 16_384, 0.67), ((3, 3, 64), 4, 65_536, 1.52),
-        ((1, 1, 256), 4, 16_384, 0.94), ((1, 1, 256), 4, 32_768, 1.12),
+        ((5, 4, 128), 1, 32_768, 0.87), ((5, 4, 128), 1, 65_536, 1.32),
+        ((5, 4, 128), 4, 16_384, 0.93), ((5, 4, 128), 4, 32_768, 1.54),
+        ((5, 4, 128), 16, 16_384, 1.25), ((4, 1, 128), 16, 32_768, 1.20),
+        ((1, 1, 128), 1, 65_536, 0.79), ((1, 1, 128), 1, 131_072, 1.09),
+        ((5, 4, 64), 1, 65_536, 0.91), ((5, 4, 64), 1, 131_072, 1.28),
+        ((1, 1, 64), 1, 131_072, 0.72), ((1, 1, 64), 4, 131_072, 1.44),
+        ((3, 3, 64), 4, 16_384, 0.68), ((3, 3, 64), 4, 65_536, 1.54),
+        ((1, 1, 256), 4, 16_384, 0.94), ((1, 1, 256), 4, 32_768, 1.13),
     ],
 )  # fmt: skip
 def test_layers_select_where_that_is_quicker(layer, batch, keys, speed):
@@ -146,15 +148,15 @@ def test_refined_scores_cost_more(heads, keys, speed):
 @pytest.mark.parametrize(
     "batch, keys, tokens, speed",
     [
-        (1, 71_680, 64, 1.34), (1, 131_072, 8192, 1.40), (4, 26_624, 64, 1.21),
-        (8, 32_768, 8192, 1.13), (16, 15_360, 64, 1.11),
-        (16, 32_768, 8192, 1.26), (32, 32_768, 8192, 1.28), (64, 9728, 64, 0.82),
-        (64, 12_544, 64, 1.02), (64, 32_768, 8192, 1.30),
+        (1, 39_936, 64, 1.07), (1, 131_072, 8192, 1.80), (4, 18_432, 64, 1.05),
+        (8, 32_768, 8192, 1.25), (16, 15_360, 64, 1.11), (16, 32_768, 8192, 1.34),
+        (32, 32_768, 8192, 1.35), (64, 9728, 64, 0.82), (64, 12_544, 64, 1.02),
+        (64, 32_768, 8192, 1.38),
     ],
 )  # fmt: skip
 def test_batches_select_where_that_is_quicker(batch, keys, tokens, speed):
-    """`speed`: of 5 of 32 heads against cuDNN, on an H200; with 64 `min_tokens` and batches of 16
-    and 64 a head selected 1,024."""
+    """`speed`: of 5 of 32 heads against cuDNN, on an H200; with 64 `min_tokens` a head selected
+    1,024. Of 9,728, 12,544 and 15,360 tokens with exact sets, which take longer."""
     shape = batch, 5, 4 * ROW, 5 * 32, ROW, tokens
     assert (keys - 8196 >= fewest_to_select_from(*shape, sifts=True)) == (speed > 1)
 

@@ -41,7 +41,7 @@ struct Wanted {
   long long floor;
   bool whole_bin = false;  // the rest of the last bin may be added
 
-  /// Whether it is, to what is above it: where that is little, and all have about one weight.
+  /// Whether it is: where the bin has few members beside those above it, of about one weight.
   __device__ bool adds(int bin, long long of_bin, long long above) const {
     constexpr long long kShare = 4, kFew = 32;
     return whole_bin && bin < kBins - 1 && of_bin <= above / kShare + kFew;

@@ -28,7 +28,7 @@ constexpr int kLongRun = 2;
 /// Scans of a selection with a sieve, at most: of a sample, of the rest, of all.
 constexpr int kSiftedHistograms = 3;
 
-/// A bin spans 2^(1/16) in weight below the row's largest score; the last one holds all the rest.
+/// A bin spans 2^(1/32) in weight below the row's largest score; the last one holds all the rest.
 constexpr int kBins = 1024;
 constexpr float kBinsPerOctave = 32.0f;
 
