@@ -13,7 +13,7 @@ from tests.reference.masks import last_positions, near, visible
 from tests.reference.softmax import log_sum_exp
 
 ROUNDING = 2e-5  # of a share of the mass, or of a logit near 1
-BIN = math.log(2) / 16  # logits that share a bin of weights
+BIN = math.log(2) / 32  # logits that share a bin of weights
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -19,7 +19,7 @@ class Refiner {
   /// the scale of the scores.
   TopPResult run(const Accum* scores, int64_t n, int64_t c, const Accum* query,
                  const HeadKeys& keys, int64_t first, double p, int64_t min_members, Accum near,
-                 bool exact, int32_t* out, TopPScratch& scratch) {
+                 int32_t* out, TopPScratch& scratch) {
     best_.resize(n);
     // No mass is asked for, only a count.
     best_.resize(top_p_row(scores, n, 0.0, 2 * c, near, true, best_.data(), scratch).count);
@@ -31,7 +31,7 @@ class Refiner {
       rest_[i] = -std::numeric_limits<Accum>::infinity();
     }
     const TopPResult result =
-        top_p_row(scores_.data(), static_cast<int64_t>(scores_.size()), p, min_members, near, exact,
+        top_p_row(scores_.data(), static_cast<int64_t>(scores_.size()), p, min_members, near, true,
                   out, scratch, log_sum_exp(rest_.data(), n));
     for (int64_t i = 0; i < result.count; ++i) out[i] = best_[out[i]];
     return result;

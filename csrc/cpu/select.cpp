@@ -57,20 +57,21 @@ class Selector {
       near = near_mass(in_, batch, query.head, query.row, start, far, scores);
     }
     TopPResult result;
+    const bool exact = p_.exact || in_.refine;
     if (in_.block_size == 1) {
       const Accum* first = scores + far.begin;
       const int64_t count = far.end - far.begin;
       result =
-          top_p_row(first, count, p_.p, p_.min_members, near, p_.exact, members_.data(), scratch_);
+          top_p_row(first, count, p_.p, p_.min_members, near, exact, members_.data(), scratch_);
       if (in_.refine && p_.p < 1.0 && result.count > 0 && !std::isnan(result.mass)) {
         result = refiner_.run(first, count, result.count, scores_.query(slot), keys, far.begin,
-                              p_.p, p_.min_members, near, p_.exact, members_.data(), scratch_);
+                              p_.p, p_.min_members, near, members_.data(), scratch_);
       }
     } else {
       const int64_t count =
           block_masses(scores, far, in_.block_size, blocks_.data(), log_sum_exp<Accum>);
-      result = top_p_row(blocks_.data(), count, p_.p, p_.min_members, near, p_.exact,
-                         members_.data(), scratch_);
+      result = top_p_row(blocks_.data(), count, p_.p, p_.min_members, near, exact, members_.data(),
+                         scratch_);
     }
     const int64_t first = far.begin / in_.block_size;
     const bool fits = result.count <= p_.capacity;

@@ -11,11 +11,16 @@
 
 namespace rtpurbo::cpu::CPU_CAPABILITY {
 
-/// A bin spans 2^(1/16) in weight, so the fast mode takes at most one bin of members whose weights
-/// lie within 4.5 % of the threshold's; the last bin holds everything below 2^-127 of the maximum
-/// and is never taken whole.
+/// A bin spans 2^(1/32) in weight; the last one holds everything below 2^-64 of the maximum.
 inline constexpr int64_t kTopPBins = 2048;
-inline constexpr double kTopPBinsPerNat = 16.0 * 1.4426950408889634;
+inline constexpr double kTopPBinsPerNat = 32.0 * 1.4426950408889634;
+
+/// Whether the rest of a bin may be added to what is above it: where the bin has few members beside
+/// that, of about one weight.
+inline bool may_add_bin(int64_t bin, int64_t of_bin, int64_t above) {
+  constexpr int64_t kShare = 4, kFew = 32;
+  return bin < kTopPBins - 1 && of_bin <= above / kShare + kFew;
+}
 
 struct TopPResult {
   int64_t count;
@@ -31,7 +36,8 @@ struct TopPScratch {
 
 /// Writes the ascending positions of the smallest set of scores[0..n) that, with a mass of
 /// exp(forced_lse) outside the row, holds the share `p` of all mass, and at least min_members
-/// candidates (score > -inf); ties join by lower position. `out` needs room for n entries.
+/// candidates (score > -inf); ties join by lower position. Without `exact` the rest of the bin that
+/// the last one is in may join. `out` needs room for n entries.
 /// A NaN or +inf score selects every candidate and gives a NaN mass; no mass at all gives (0, 1).
 /// A mass of exp(left_out_lse) counts in all mass and cannot be selected.
 template <typename T>
@@ -101,8 +107,9 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
       if (score != -kInf && bin_of(score) == bin) members.emplace_back(-score, i);
     }
     std::sort(members.begin(), members.end());
+    const bool whole = !exact && may_add_bin(bin, bin_count[bin], count);
     for (const auto& [negated, position] : members) {
-      if ((exact || bin == kTopPBins - 1) && done()) break;
+      if (!whole && done()) break;
       cut_score = -negated;
       cut_position = position;
       mass += std::exp(cut_score - reference);

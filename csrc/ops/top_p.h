@@ -12,8 +12,9 @@ namespace rtpurbo {
 /// p           in (0, 1]; 1 selects every candidate
 /// min_members candidates that join by rank even when p is reached
 /// forced_lse  [rows] float32 (float64 for float64 scores): log-mass of members outside the row
-/// exact       the set of a stable descending sort; on CUDA it takes the sort. false may add the
-///             rest of the threshold bin, weights within 4.5 % of the threshold (CPU), or rounds
+/// exact       the set of a stable descending sort; on CUDA it takes the sort. false may add
+/// members
+///             whose weights lie within 2.2 % of the last one's, as `select` does (CPU), or rounds
 ///             weights to 17 bits, so that 2^-17 may be missing to p (CUDA)
 /// returns     indices int32 [rows, N], ascending, -1 padded; counts int32 [rows];
 ///             mass [rows]: the recovered share. A NaN or +inf score selects every candidate and

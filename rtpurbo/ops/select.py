@@ -46,10 +46,10 @@ def select(
         offset: [R], added to the logits.
         start: int64 [B], first real key of each sequence (left padding).
         capacity: room for members, 0 for ceil(N / block_size).
-        exact: False may add members whose weights lie within 4.5 % of the last one's (CUDA: 2.2 %),
-            the rest of the threshold's histogram bin. On CUDA it does where the bin has at most 32
-            members more than a quarter of those above it, but not to refined rows, and weights are
-            rounded either way, as by `top_p` without it.
+        exact: False may add members whose weights lie within 2.2 % of the last one's: the rest of
+            the threshold's histogram bin, where this has at most 32 members more than a quarter of
+            those above it; not to refined rows. On CUDA weights are rounded either way, as by
+            `top_p` without it.
         codes, ranges: keys [0, Q) as `quantize_index` returns them; k_index then holds keys [Q, N).
         refine: with codes and block_size 1: k_index holds all N keys. Of a row whose smallest set
             has c members the 2 c best are scored again from k_index; only they can be members, the

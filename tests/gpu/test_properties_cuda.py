@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtpurbo import ops
-from tests import properties
 from tests.gpu import test_cache_append_projected_cuda, test_cache_cuda, test_index_project_cuda
 from tests.gpu import test_sparse_decode_cuda as layers
 from tests.ops import test_attention_properties as attention
@@ -98,7 +97,6 @@ class OnDevice:
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_property_holds_on_cuda(check, cuda_device, monkeypatch):
     monkeypatch.setattr(attention, "GRADIENTS", False)
-    monkeypatch.setattr(properties, "BIN", layers.BIN)
     monkeypatch.setitem(check.hypothesis.inner_test.__globals__, "ops", OnDevice(cuda_device))
     check()
 

@@ -14,13 +14,12 @@ from tests.gpu.kernels import kernels_of
 from tests.gpu.long_outputs import assert_rows_see_themselves, needs_memory
 from tests.gpu.repeats import assert_repeats
 from tests.ops.test_sparse_decode_properties import keys_read, lists_of
+from tests.properties import BIN
 from tests.reference.masks import last_positions, near, visible
 from tests.reference.quantize_index import dequantize
 from tests.reference.select import index_logits
 from tests.reference.softmax import log_sum_exp
 
-# Logits that share a bin of weights.
-BIN = math.log(2) / 32
 # By the blocks of a team on an H100, which runs 264 of them: the sequences, the lists of each, and
 # from how many keys on a team uses a sieve.
 OF_TEAM = {1: (6, 44, 32_768), 2: (3, 44, 65_536)}
