@@ -91,7 +91,8 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
   while (!done() && bin < kTopPBins) {
     const double with_bin = mass + bin_mass[bin];
     const int64_t count_with_bin = count + bin_count[bin];
-    if (with_bin >= target && count_with_bin >= floor_count) break;
+    const bool is_last = with_bin >= target && count_with_bin >= floor_count;
+    if (is_last && (exact || !may_add_bin(bin, bin_count[bin], count))) break;
     mass = with_bin;
     count = count_with_bin;
     ++bin;
@@ -107,9 +108,8 @@ TopPResult top_p_row(const T* scores, int64_t n, double p, int64_t min_members, 
       if (score != -kInf && bin_of(score) == bin) members.emplace_back(-score, i);
     }
     std::sort(members.begin(), members.end());
-    const bool whole = !exact && may_add_bin(bin, bin_count[bin], count);
     for (const auto& [negated, position] : members) {
-      if (!whole && done()) break;
+      if (done()) break;
       cut_score = -negated;
       cut_position = position;
       mass += std::exp(cut_score - reference);

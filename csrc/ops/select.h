@@ -30,9 +30,8 @@ namespace rtpurbo {
 ///            [B, R, M] float32 (float64 for float64), the recovered share. A NaN or +inf logit
 ///            selects all far keys and gives a NaN mass; a row that sees no key: count 0, mass 1.
 /// exact      false may add members whose weights lie within 2.2 % of the last one's: the rest of
-/// the
-///            threshold's histogram bin, where this has at most 32 members more than a quarter of
-///            those above it; not to refined rows
+///            the threshold's histogram bin, where this has at most 32 members more than a quarter
+///            of those above it; not to refined rows
 /// On CUDA weights are rounded to 17 bits, so that 2^-17 may be missing to p.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select(
     const at::Tensor& q_index, const at::Tensor& k_index, at::IntArrayRef index_map, double p,

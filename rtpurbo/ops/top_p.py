@@ -24,8 +24,8 @@ def top_p(
             outside the row and are always in; it counts towards p.
         exact: the set of a stable descending sort. On CUDA that takes the sort, in float64. False
             is quicker: it may add members whose weights lie within 2.2 % of the last one's, as
-            `select` does (CPU), or rounds weights to 17 bits below the edge of
-            their bin, so that what is selected may hold 2^-17 less than p (CUDA).
+            `select` does (CPU), or rounds weights to 17 bits below the edge of their bin, so that
+            what is selected may hold 2^-17 less than p (CUDA).
 
     Returns:
         indices int32 [rows, N], ascending and padded with -1; counts int32 [rows]; mass [rows], the
