@@ -189,11 +189,12 @@ def test_select_and_decode_repeat(cuda_device):
     assert_repeats(step)
 
 
-@pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "spike"])
+@pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "spike", "few ahead", "high", "low"])
 @pytest.mark.parametrize("block_size", [1, 64])
 def test_long_rows_equal_the_exact_cpu(kind, block_size):
     torch.manual_seed(1)
     keys = 300_007
+    floor = 64
     q_index, k_index = torch.randn(2, 3, 1, 16), torch.randn(2, 3, keys, 16)
     if kind == "narrow":
         k_index *= 1e-3
@@ -201,7 +202,14 @@ def test_long_rows_equal_the_exact_cpu(kind, block_size):
         k_index[:] = k_index[:, :, :1]
     if kind == "spike":
         k_index[:, :, 12_345] = 30 * q_index[:, :, 0]
-    arguments = (q_index, k_index.half(), [0, 1, 2], 0.9, 1024, 4, 64, block_size)
+    if kind in ("few ahead", "high", "low"):
+        q_index[..., 0] = 4  # so that a key's score grows with its dimension 0
+    if kind == "few ahead":  # of what most blocks have, and which of it is in
+        k_index[:, :, 20_000:300_000:70_000, 0] += 17
+        floor = 200_000 // block_size
+    if kind in ("high", "low"):
+        k_index[..., 0] += 1000 if kind == "high" else -1000
+    arguments = (q_index, k_index.half(), [0, 1, 2], 0.9, 1024, 4, floor, block_size)
     cpu = ops.select(*arguments)
     cuda = [t.cpu() for t in ops.select(*on_cuda(arguments))]
     # Scores near the threshold differ in their last bits.

@@ -218,7 +218,8 @@ def long_step(
     """A step whose batch shares its keys, and the same through the three operators.
 
     So many neighbours among the heads share an index key. Sharp scores select few keys. Misleading
-    ones do in a sample of keys that holds the first far ones, but not in all.
+    ones do in a sample of keys that holds the first far ones, but not in all. Some ahead are few
+    keys that outweigh all others by more than a histogram holds; high ones are far from 0.
     """
     torch.manual_seed(0)
     q = torch.randn(batch, 32, 1, 128, device=device, dtype=torch.bfloat16)
@@ -237,6 +238,11 @@ def long_step(
         q_index[..., 0] = 4
         k_index[:, :, 100] = 0
         k_index[:, :, 100, 0] = math.log(8 * keys)  # about 3 times the mass of all others
+    if scores in ("some ahead", "high"):
+        q_index[..., 0] = 4
+        k_index[:, :, slice(30, None, 40_000) if scores == "some ahead" else slice(None), 0] += (
+            40 if scores == "some ahead" else 1000
+        )
     more = {}
     if bits < 16:
         coded = (keys - 8192) // INDEX_BLOCK * INDEX_BLOCK
@@ -271,10 +277,12 @@ LONG = [(1, 131_072), (1, 1_000_001), (40, 30_000), (64, 30_000), (16, 1_000_000
 # Blocks with so many keys use a sieve; of 160 problems in two rounds of teams of three.
 SIFTED = [(4, 1_000_003, scores) for scores in SCORES] + [(16, 1_000_000, "sharp")]
 SIFTED += [(32, 209_000, scores) for scores in ("flat", "misleading")]
+APART = [(*case, scores) for case in (LONG[0], LONG[2]) for scores in ("some ahead", "high")]
+APART += [(4, 1_000_003, scores) for scores in ("some ahead", "high")]
 
 
 @pytest.mark.parametrize(
-    ("batch", "keys", "scores"), [*((*case, "flat") for case in LONG), *SIFTED]
+    ("batch", "keys", "scores"), [*((*case, "flat") for case in LONG), *SIFTED, *APART]
 )
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_long_step_is_what_its_parts_give(batch, keys, scores, bits, cuda_device):
@@ -336,7 +344,7 @@ def assert_same_as_parts(step, parts):
 
 @pytest.mark.parametrize(
     ("batch", "keys", "scores"),
-    [*((*case, "flat") for case in LONG[:4]), *SIFTED, (3, 150_000, "equal")],
+    [*((*case, "flat") for case in LONG[:4]), *SIFTED, *APART, (3, 150_000, "equal")],
 )
 @pytest.mark.parametrize("floor", [64, 8192])
 @pytest.mark.parametrize("bits", [16, 4])

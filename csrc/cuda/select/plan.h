@@ -26,8 +26,6 @@ constexpr int64_t kMostInTeam = 512;
 
 constexpr int64_t kMembersAtOnce = 1 << 25;
 
-constexpr int64_t kFewestRuns = 2;
-
 /// What a round takes beside its members, in members that a block scores meanwhile; and with a
 /// sieve, for its sample.
 constexpr int64_t kRoundMembers = 3 << 12;
@@ -46,6 +44,12 @@ constexpr int64_t kSievePercent = 85;
 inline bool team_may_sift(const SelectParams& p, int64_t team_size) {
   constexpr int64_t kManyMembers = 32768;
   return p.keys >= team_size * kManyMembers;
+}
+
+/// Whether long runs of groups leave no warp more than a sixteenth more of them than single groups.
+inline bool long_runs_are_even(int64_t groups, int64_t warps) {
+  const auto most = [&](int shift) { return divide_up(groups, warps << shift) << shift; };
+  return most(kLongRun) * 16 <= most(0) * 17;
 }
 
 /// How long the rounds take, in members that a block scores meanwhile. A problem takes as long as
@@ -88,8 +92,9 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
   plan.sieves = sieves;
   plan.blocks = blocks;
   const int64_t warps = plan.team_size * kSelectWarps;
-  // Runs of 4 where a warp has at least two of them.
-  if (groups >= kFewestRuns * warps << kLongRun) plan.run_shift = kLongRun;
+  const int64_t far_groups = divide_up(std::max<int64_t>(1, p.keys - p.window), kGroupKeys) + 1;
+  // What a sieve samples are long runs.
+  if (sieves || long_runs_are_even(far_groups, warps)) plan.run_shift = kLongRun;
   plan.warp_groups = static_cast<int>(divide_up(groups, warps << plan.run_shift) << plan.run_shift);
   const size_t bytes =
       static_cast<size_t>(warp_room(plan.warp_groups, p.block_size)) * kSelectWarps * sizeof(float);
@@ -102,7 +107,7 @@ inline SelectPlan plan_teams(const SelectParams& p, int blocks, size_t score_byt
 /// key.
 inline bool may_sift(const SelectParams& p, const SelectPlan& plan) {
   return p.rows == 1 && p.block_size == 1 && p.p < 1.0 && !p.refine && !p.near_is_scored &&
-         p.window >= kGroupKeys && plan.run_shift == kLongRun && team_may_sift(p, plan.team_size);
+         p.window >= kGroupKeys && team_may_sift(p, plan.team_size);
 }
 
 /// Takes the workspace apart, or with a null base only measures it. `masks`: problems whose mask
