@@ -98,6 +98,7 @@ def sparse_model(
             for number, layer in layers.items():
                 for name in layer.tensors():
                     setattr(layer, name, file.get_tensor(f"{number}.{name}"))
+            state(model).index.trained = True
             metrics = json.loads(file.metadata()["stage 1"])
             if arguments.prefill == "sparse" and file.metadata().get("tile rank") != TILE_RANK:
                 raise SystemExit(

@@ -22,10 +22,8 @@ from torch import Tensor
 
 import rtpurbo
 from rtpurbo import ops
-from rtpurbo.adapt.calibrate import Calibration
 from rtpurbo.config import RTPurboConfig
-from rtpurbo.context import LayerContext
-from rtpurbo.patching import observe, state
+from rtpurbo.patching import state
 from rtpurbo.tiles import TILE, TILE_BLOCK
 
 
@@ -91,22 +89,6 @@ def prefill(model: Any, tokens: list[int]) -> None:
         model.model(input_ids=ids, use_cache=False)
 
 
-def calibrate(model: Any, tokenizer: Any, length: int) -> None:
-    patched = state(model)
-    calibration = Calibration(patched.config, patched.index)
-
-    def look(context: LayerContext, q: Tensor, k: Tensor, start: Tensor | None) -> None:
-        if context.heads:
-            context.index.to(q.device)  # which sparse forwards would do
-            calibration.observe(context, q, k)
-
-    with observe(model, look):
-        prose = rtpurbo.data.prose()
-        for sequence in rtpurbo.data.retrieval_sequences(tokenizer, prose, length, 2, seed=1):
-            prefill(model, sequence.tokens)
-    calibration.store()
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.set_defaults(**{**INDEX, "prefill": "sparse"})
@@ -124,7 +106,10 @@ def main() -> None:
     for length in arguments.lengths:
         patched.config = replace(patched.config, window=length // 8)
         if arguments.calibrate:
-            calibrate(model, tokenizer, length)
+            made = rtpurbo.data.retrieval_sequences(
+                tokenizer, rtpurbo.data.prose(), length, 2, seed=1
+            )
+            rtpurbo.calibrate(model, made)
         asked = rtpurbo.data.retrieval_sequences(tokenizer, held_out, length, count, seed=2)
         for kind, sequences in (
             ("retrieval", [s.tokens for s in asked]),

@@ -2,7 +2,7 @@
 
 from rtpurbo import data, ops
 from rtpurbo._C import build_info
-from rtpurbo.adapt import TrainResult, distill, train_index
+from rtpurbo.adapt import TrainResult, calibrate, distill, train_index
 from rtpurbo.cache import RTPurboCache
 from rtpurbo.checkpoint import from_pretrained, save_pretrained
 from rtpurbo.config import RTPurboConfig
@@ -19,6 +19,7 @@ __all__ = [
     "RTPurboConfig",
     "TrainResult",
     "build_info",
+    "calibrate",
     "data",
     "detect_heads",
     "distill",

@@ -39,7 +39,7 @@ def sparse(tmp_path_factory):
 
 def test_every_command_has_help():
     listed = run("--help")
-    for command in ("detect", "adapt", "eval", "generate", "bench", "demo", "info"):
+    for command in ("detect", "adapt", "calibrate", "eval", "generate", "bench", "demo", "info"):
         assert command in listed
         assert "Usage" in run(command, "-h")
 
@@ -128,6 +128,25 @@ def test_adapt_trains_both_stages_and_resumes(dense, texts, tmp_path, lora):
     again, _ = rtpurbo.from_pretrained(tmp_path / "out")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], tensor)
+
+
+def test_calibrate_writes_a_model_with_other_thresholds(dense, texts, tmp_path):
+    run(
+        "adapt", dense, "-o", tmp_path / "out", "--share", 0.25, "--window", 24, "--index-dim", 4,
+        "--length", 256, "--sequences", 3, "--index-steps", 2, "--rows", 16, "--distill-steps", 0,
+        "--prefill", "sparse", "--top-p", 0.6, "--texts", texts,
+    )  # fmt: skip
+    printed = run(
+        "calibrate", tmp_path / "out", "-o", tmp_path / "longer", "--length", 512, "--sequences", 1,
+        "--texts", texts, "--seed", 3,
+    )  # fmt: skip
+    model, tokenizer = rtpurbo.from_pretrained(tmp_path / "out")
+    made = rtpurbo.data.retrieval_sequences(tokenizer, [DOCUMENTS[0]], 512, 1, 3)
+    metrics = rtpurbo.calibrate(model, made)
+    found = state(rtpurbo.from_pretrained(tmp_path / "longer")[0]).index
+    assert found.history["calibration"] == {"longest": 512, **metrics} and "tile_density" in printed
+    for number, layer in state(model).index.layers.items():
+        assert torch.equal(found.layers[number].threshold, layer.threshold)
 
 
 def old_file(path):
@@ -336,6 +355,8 @@ def refused(monkeypatch, capsys, *arguments):
     (["detect", "nosuch", "--texts", "missing.txt"], "missing.txt"),
     (["adapt", "nosuch", "-o", "out", "--window", 0], "window must be an int >= 1, got 0"),
     (["adapt", "nosuch", "-o", "out", "--heads", "missing.json"], "missing.json"),
+    (["calibrate", "DENSE", "-o", "out", "--length", 300], "sparsify"),
+    (["calibrate", "nosuch", "-o", "out", "--length", 300, "--device", "gpu"], "--device must be"),
     (["eval", "nosuch", "--task", "foo"], "tasks must be among"),
     (["eval", "DENSE", "--mode", "sparse", "--length", 300, "--rows", 2], "needs a sparse model"),
     (["detect", "nosuch", "--share", 0.1, "--threshold", 0.5], "not both"),
@@ -361,6 +382,7 @@ def test_what_is_refused_is_one_line(dense, monkeypatch, capsys, tmp_path, argum
     (["detect", "nosuch", "--plot", "heads.xyz"], "path must end in one of"),
     (["detect", "nosuch", "--duo-attention", "FILE"], "FILE must be a folder"),
     (["adapt", "nosuch", "-o", "FOLDER"], "FOLDER holds"),
+    (["calibrate", "nosuch", "-o", "FOLDER", "--length", 300], "FOLDER holds"),
     (["adapt", "nosuch", "-o", "FILE/out"], "FILE must be a folder"),
     (["adapt", "nosuch", "-o", "out", "--work", "FILE"], "FILE must be a folder"),
     (["eval", "nosuch", "-o", "FOLDER"], "FOLDER must be a file"),

@@ -6,17 +6,80 @@ true mass of the lists is measured on rows of held-out sequences, as exp(LSE ove
 - LSE over all keys), and every head gets the least threshold whose mean true mass is top_p.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rtpurbo import ops
+from rtpurbo import families, ops
+from rtpurbo.adapt.samples import Samples
 from rtpurbo.config import RTPurboConfig
 from rtpurbo.context import LayerContext
 from rtpurbo.index import Index
+from rtpurbo.patching import observe, state
 from rtpurbo.tiles import TILE, TILE_BLOCK, TILE_RANK, min_tile_blocks
 
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
 _TILES = 8
+
+
+def calibrate(model: Any, tokens: Any) -> dict[str, float]:
+    """Finds the thresholds of the sparse prefill anew, for prompts as long as these sequences.
+
+    `train_index` finds them on its held-out sequences; with prompts of another length the lists
+    then hold more or less than `top_p` of the attention. Each retrieval head gets the least
+    threshold at which the tiles of a sequence's last 1,024 rows, or of its second half where that
+    is shorter, hold `top_p` on average. One dense forward a sequence.
+
+    Args:
+        model: sparsified, with a trained index, of which nothing but the thresholds changes.
+        tokens: sequences as `train_index` takes them, of 256 tokens or more. Rows that repeat what
+            stood far away ask most of lists, so `rtpurbo.data.retrieval_sequences` are a good
+            choice.
+
+    Returns:
+        tile_true_mass and tile_density, the share of the visible blocks that is listed, averaged
+        over heads. `save_pretrained` keeps them beside the thresholds.
+
+    Raises:
+        ValueError: the index is not trained, there is no retrieval head, or a sequence is too
+            short or has wrong ids.
+    """
+    patched = state(model)
+    samples = Samples(tokens, "tokens")
+    if not patched.index.trained:
+        raise ValueError(
+            "rtpurbo.calibrate: the index is not trained, so thresholds of its shares mean "
+            "nothing; run rtpurbo.train_index first, which calibrates them, too"
+        )
+    if not any(layer.heads for layer in patched.index.layers.values()):
+        raise ValueError("rtpurbo.calibrate: the head map names no retrieval head")
+    plain = families.unwrap(model)
+    embeddings = plain.get_input_embeddings()
+    lengths = samples.lengths(embeddings.num_embeddings)
+    for i, length in enumerate(lengths):
+        if length < 2 * TILE:
+            raise ValueError(
+                f"rtpurbo.calibrate: tokens[{i}] has {length} tokens; thresholds are of tiles of "
+                f"{TILE} rows in a sequence's second half, so give {2 * TILE} or more"
+            )
+    families.warn_beyond_context(
+        plain, max(lengths), "rtpurbo.calibrate: the longest of the tokens"
+    )
+    calibration = Calibration(patched.config, patched.index)
+
+    def look(context: LayerContext, q: Tensor, k: Tensor, start: Tensor | None) -> None:
+        if context.heads:
+            context.index.to(q.device)  # as sparse forwards do
+            calibration.observe(context, q, k)
+
+    decoder, device = families.decoder(plain), embeddings.weight.device
+    with torch.no_grad(), observe(plain, look):
+        for i in range(len(samples)):
+            decoder(input_ids=samples[i].tokens[None].to(device), use_cache=False)
+    metrics = calibration.store()
+    patched.index.history["calibration"] = {"longest": max(lengths), **metrics}
+    return metrics
 
 
 class Calibration:
