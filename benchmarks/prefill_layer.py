@@ -78,6 +78,13 @@ class Prefill:
         return q * 3, k
 
     @cached_property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """w_q and w_k of the retrieval heads, each with an index key of its own."""
+        shape = len(self.retrieval), INDEX_DIM, self.layer.dim
+        w_q, w_k = (torch.randn(shape, dtype=torch.float16, device=self.device) for _ in "qk")
+        return w_q, w_k
+
+    @cached_property
     def threshold(self) -> Tensor:
         return torch.full((len(self.retrieval),), THRESHOLD, device=self.device)
 
@@ -114,6 +121,11 @@ class Prefill:
             self.q, self.k, self.v, heads, window, SINKS, self.scale, self.start,
             block_indices=indices, block_counts=counts, tile=TILE, block_size=TILE_BLOCK,
         )[0]  # fmt: skip
+
+    def index_project(self) -> tuple[Tensor, Tensor]:
+        """Index queries and keys of the pass, of q and k as if before RoPE."""
+        heads = self.retrieval, self.layer.owners
+        return ops.index_project(self.q, self.k[:, :, -self.rows :], *self.projections, *heads)
 
     def near_lse(self, window: int) -> Tensor:
         heads = self.retrieval, self.layer.owners

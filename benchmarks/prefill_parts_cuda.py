@@ -4,12 +4,13 @@
 |---|---|---|
 | layer | `attention`: retrieval heads dense, the others local | `one launch a role` |
 | attention | the same, retrieval heads by block lists | `one launch a role` |
-| sparse | a layer of `prefill="sparse"` | its `near_lse`, its `select_tiles` |
+| sparse | a layer of `prefill="sparse"` | `index_project`, its `near_lse`, its `select_tiles` |
 
 `one launch a role` is two of `attention`, after each other: for the retrieval heads and for the
 local ones, whose outputs stay apart. Each must have as many heads on each KV head, so there is one
-retrieval head on each. Against parts of itself the ratio is a part's share of the time. Lists are
-random ones of the named density, as in `prefill_cuda`.
+retrieval head on each. Against parts of itself the ratio is a part's share of the time;
+`index_project`, of the layer's rows, comes before it. Lists are random ones of the named density,
+as in `prefill_cuda`.
 """
 
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ def selection_case(prefill: Prefill, parameters: dict[str, Any]) -> Case:
         parameters=parameters,
         run=partial(prefill.sparse, window, random_lists(prefill, parameters)),
         baselines={
+            "index_project": prefill.index_project,
             "near_lse": partial(prefill.near_lse, window),
             "select_tiles": partial(prefill.select_tiles, window, prefill.near_lse(window)),
         },

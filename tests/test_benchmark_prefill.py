@@ -72,7 +72,7 @@ def test_flops_are_those_of_the_mask():
 def recorded_calls(monkeypatch):
     """(name, args, kwargs) of the operators that are called."""
     calls = []
-    for name in ("near_lse", "select_tiles", "attention"):
+    for name in ("index_project", "near_lse", "select_tiles", "attention"):
         operator = getattr(ops, name)
 
         def record(*args, name=name, operator=operator, **kwargs):
@@ -230,9 +230,11 @@ def test_a_sparse_layer_against_its_selection(monkeypatch):
     of_run = [name for name, *_ in calls]
     assert of_run == ["near_lse", "select_tiles", "attention"]
     calls.clear()
-    for run in case.baselines.values():
-        run()
-    assert list(case.baselines) == [name for name, *_ in calls] == of_run[:2]
+    results = {name: run() for name, run in case.baselines.items()}
+    assert list(results) == [name for name, *_ in calls] == ["index_project", *of_run[:2]]
+    taken = calls[-1][1][:2]
+    for projected, given in zip(results["index_project"], taken, strict=True):
+        assert projected.shape == given.shape and projected.dtype == given.dtype
 
 
 def test_parts_are_taken_where_their_density_can_be():

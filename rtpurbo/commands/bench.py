@@ -20,10 +20,10 @@ def bench(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Results, JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Times over keys, .png or .svg.")] = None,
     where: Annotated[
-        list[str] | None, typer.Option(help="Only cases with these parameters, NAME=VALUE.")
+        list[str] | None, typer.Option(help="Only cases with these, NAME=VALUE; repeatable.")
     ] = None,
     baselines: Annotated[
-        list[str] | None, typer.Option(help="Only against these; none: nothing.")
+        list[str] | None, typer.Option(help="Only against these, repeatable; none: nothing.")
     ] = None,
 ) -> None:
     """Run the operator benchmarks of a source checkout."""

@@ -43,8 +43,9 @@ def attention(
         k_local, v_local: [B, L, Nl, D], the other KV heads of a headwise cache: sinks and latest
             keys in order; the queries are the last M of its Nl positions. Forward only.
         start_local: int64 [B], first real key in k_local.
-        block_indices: int32 [B, R, T, C], T = ceil(M / tile): ascending key blocks
-            (n // block_size) of each tile and retrieval head.
+        block_indices: int32 [B, R, T, C], T = ceil(M / tile): key blocks (n // block_size) of each
+            tile and retrieval head, each once and ascending, which is not checked: their values
+            would have to be read. One that stands twice may count twice.
         block_counts: int32 [B, R, T]; -1 makes the tile see all visible keys.
 
     Returns:
