@@ -32,7 +32,7 @@ def calibrate(
     texts: TextsOption = None,
     dtype: DTypeOption = DType.float32,
     device: DeviceOption = "cpu",
-    seed: SeedOption = 1,
+    seed: SeedOption = 1,  # not `adapt`'s, whose sequences the index was trained on
 ) -> None:
     """Find a sparse prefill's thresholds anew, for prompts of this length."""
     check_destination(output)

@@ -204,7 +204,7 @@ def test_long_rows_equal_the_exact_cpu(kind, block_size):
         k_index[:, :, 12_345] = 30 * q_index[:, :, 0]
     if kind in ("few ahead", "high", "low"):
         q_index[..., 0] = 4  # so that a key's score grows with its dimension 0
-    if kind == "few ahead":  # of what most blocks have, and which of it is in
+    if kind == "few ahead":  # four keys, by 17, and of all others the floor takes most
         k_index[:, :, 20_000:300_000:70_000, 0] += 17
         floor = 200_000 // block_size
     if kind in ("high", "low"):

@@ -238,11 +238,12 @@ def long_step(
         q_index[..., 0] = 4
         k_index[:, :, 100] = 0
         k_index[:, :, 100, 0] = math.log(8 * keys)  # about 3 times the mass of all others
-    if scores in ("some ahead", "high"):
+    if scores == "some ahead":
         q_index[..., 0] = 4
-        k_index[:, :, slice(30, None, 40_000) if scores == "some ahead" else slice(None), 0] += (
-            40 if scores == "some ahead" else 1000
-        )
+        k_index[:, :, 30::40_000, 0] += 40
+    if scores == "high":
+        q_index[..., 0] = 4
+        k_index[..., 0] += 1000
     more = {}
     if bits < 16:
         coded = (keys - 8192) // INDEX_BLOCK * INDEX_BLOCK

@@ -21,8 +21,8 @@ constexpr int kSelectWarps = kSelectThreads / 32;
 /// Keys that a warp scores at a time; the largest block of keys that can be a member.
 constexpr int kGroupKeys = 64;
 
-/// log2 of the groups that follow each other in a warp, where it has many: the memory gives a run
-/// quicker than groups far apart.
+/// log2 of the groups that follow each other in a warp, where such runs are dealt out evenly: the
+/// memory gives a run quicker than groups far apart.
 constexpr int kLongRun = 2;
 
 /// Scans of a selection with a sieve, at most: of a sample, of the rest, of all.
