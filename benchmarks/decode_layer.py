@@ -127,7 +127,13 @@ class Step:
         return (self.q_index.float() @ far.float().mT)[:, :, 0].flatten(0, 1) * INDEX_DIM**-0.5
 
     def top_p(self) -> Tensor:
-        exact = not self.scores.is_cuda  # there it takes a sort
+        return self.top_p_of_scores(self.exact)
+
+    def exact_top_p(self) -> Tensor:
+        """On CUDA by a sort."""
+        return self.top_p_of_scores(exact=True)
+
+    def top_p_of_scores(self, exact: bool) -> Tensor:
         return ops.top_p(self.scores, TINY_P, self.floor, self.near.flatten(), exact)[0]
 
     def attend_near(self) -> Tensor:

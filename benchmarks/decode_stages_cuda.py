@@ -4,7 +4,8 @@
 |---|---|
 | near | `decode` of sinks and window, all heads local |
 | scan | `select` up to the barrier behind its scores: p = 1 takes every key, and one has room |
-| top_p | `top_p` of given float32 scores; it writes an index, or padding, for each of them |
+| top_p | `top_p` of given float32 scores; it writes an index, or padding, for each of them; \
+its baseline `sort` is the same with `exact` |
 | select | scan and top-p in one launch |
 | gather | `decode` of the lists, and of one near key a head, which it cannot do without |
 | step | `sparse_decode` |
@@ -15,7 +16,7 @@ its baseline `scan`. Of 4 bits there are the stages that read index keys. Inputs
 none of them is still in the L2 cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -81,17 +82,22 @@ def cases_at(
 ) -> list[Case]:
     stages = [parameters["stage"] for parameters in chosen]
     steps = rotating_steps(keys, bits, stages, device)
-    runs = {stage: in_turn([partial(run, step) for step in steps]) for stage, run in STAGES.items()}
+
+    def in_turn_of_steps(run: Callable[[Step], object]) -> Run:
+        return in_turn([partial(run, step) for step in steps])
+
+    runs = {stage: in_turn_of_steps(run) for stage, run in STAGES.items()}
+    besides = {
+        "select": {"scan": runs["scan"]},
+        "top_p": {"sort": in_turn_of_steps(Step.exact_top_p)},
+    }
     sizes = {stage: bytes_of(steps[0], stage) for stage in stages}
     floors = {size: copies(size, len(steps), device) for size in set(sizes.values())}
     return [
         Case(
             parameters=parameters,
             run=runs[stage],
-            baselines={
-                "floor": floors[sizes[stage]],
-                **({"scan": runs["scan"]} if stage == "select" else {}),
-            },
+            baselines={"floor": floors[sizes[stage]], **besides.get(stage, {})},
             bytes=sizes[stage],
             goal_seconds=GOALS.get((stage, bits, keys)),
             rounds=len(steps),

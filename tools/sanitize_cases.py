@@ -44,6 +44,14 @@ def decode_step(dim: int, dtype: torch.dtype, keys: int, block_size: int) -> Non
             counts[:, 0], counts[:, 1] = -1, 0
 
 
+def few_keys(dim: int, dtype: torch.dtype) -> None:
+    """With a window that holds all keys."""
+    for batch, keys in ((2, 1), (2, 50), (2, 100), (2, 250), (150, 400)):
+        q, k, v = (draw(batch, h, n, dim, dtype=dtype) for h, n in ((6, 1), (2, keys), (2, keys)))
+        start = torch.arange(batch, device=CUDA) % (keys + 1)
+        ops.decode(q, k, v, [0, 3, 4], keys, keys, 0, dim**-0.5, start=start)
+
+
 def coded_half(k_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The index keys that have no codes, and the first half's codes, if there are to be some."""
     if bits == 16:
@@ -218,6 +226,7 @@ for rows, dim, pre in ((1, 64, torch.bfloat16), (5, 19, torch.float32), (40, 64,
     append_projected(rows, dim, pre)
 ops.retrieval_scores(draw(1, 4, 5, 16), draw(1, 2, 90, 16), 3, 8, 0.25)
 for dim, dtype in SIZES:
+    few_keys(dim, dtype)
     decode_step(dim, dtype, 333, 1)
     rings(dim, dtype, 333, 1)
 rings(64, torch.bfloat16, 700, 16)

@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "csrc/cuda/decode.h"
+#include "csrc/cuda/few_keys.h"
 #include "csrc/ops/common/cuda_check.h"
 #include "csrc/ops/common/decode_cuda.h"
 #endif
@@ -46,11 +47,16 @@ Result decode_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   const c10::cuda::CUDAGuard guard(q.device());
   cuda::DecodeParams params = cuda::decode_params(kOp, arguments.params());
   if (q.size(0) == 0) return arguments.result();
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  cuda::FewKeysStep few;
+  if (cuda::plan_few_keys(params, cuda::multiprocessors(), few)) {
+    RTPURBO_CUDA_CHECK(kOp, cuda::launch_few_keys(few, stream));
+    return arguments.result();
+  }
   params.splits = cuda::decode_splits(params, cuda::multiprocessors());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(cuda::decode_workspace(params))},
                                          q.options().dtype(at::kByte));
-  RTPURBO_CUDA_CHECK(kOp, cuda::launch_decode(params, workspace.mutable_data_ptr(),
-                                              c10::cuda::getCurrentCUDAStream()));
+  RTPURBO_CUDA_CHECK(kOp, cuda::launch_decode(params, workspace.mutable_data_ptr(), stream));
   return arguments.result();
 }
 #endif

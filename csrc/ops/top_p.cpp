@@ -77,6 +77,7 @@ cuda::SelectParams as_selection(const at::Tensor& scores, const at::Tensor& one,
                     .head_stride = 0,
                     .row_stride = 1};
   params.index_map.count = 1;
+  params.whole_bins = true;
   params.near_is_scored = !forced_lse;
   params.near_lse_ptr = forced_lse ? forced_lse->const_data_ptr<float>() : nullptr;
   params.batch = scores.size(0);

@@ -23,9 +23,9 @@ def top_p(
         forced_lse: [rows] float32 (float64 for float64 scores), the log-mass of members that stand
             outside the row and are always in; it counts towards p.
         exact: the set of a stable descending sort. On CUDA that takes the sort, in float64. False
-            is quicker: it may add members whose weights lie within 2.2 % of the last one's, as
-            `select` does (CPU), or rounds weights to 17 bits below the edge of their bin, so that
-            what is selected may hold 2^-17 less than p (CUDA).
+            is quicker: as in `select` it may add members whose weights lie within 2.2 % of the last
+            one's, and on CUDA weights are rounded to 17 bits below the edge of their bin, so that
+            where none are added what is selected may hold 2^-17 less than p.
 
     Returns:
         indices int32 [rows, N], ascending and padded with -1; counts int32 [rows]; mass [rows], the

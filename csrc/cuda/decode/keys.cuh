@@ -26,14 +26,14 @@ class SetKeys {
     const auto length = static_cast<Position>(p.length);
     const Position start = p.start_ptr ? within(p.start_ptr[batch], length) : 0;
     if (set.from_local) {
-      total_ = within(p.slots, length - start);
+      total_ = min(static_cast<Position>(p.slots), length - start);
       sinks_ = total_;
       return;
     }
     if (start >= length) return;
     const bool near_window = set.keys == DecodeKeys::kListed || set.near_window;
-    const Position window = within(near_window ? p.near_window : p.window, length);
-    const Position sinks_end = start + within(p.sinks, length - start);
+    const auto window = static_cast<Position>(near_window ? p.near_window : p.window);
+    const Position sinks_end = start + min(static_cast<Position>(p.sinks), length - start);
     const Position window_begin = max(sinks_end, length - window);
     if (set.keys == DecodeKeys::kVisible && set.near_heads == 0) {
       gap_ = start;

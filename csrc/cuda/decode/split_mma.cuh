@@ -31,13 +31,17 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
   const T* v = head_rows<const T>(v_view, batch, set.kv_head);
 
   char* queries = shared;
-  for (int i = threadIdx.x; i < DecodeSet::kMaxHeads * Tile::kRowChunks; i += 32 * kWarps) {
-    const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
-    const bool used = row < set.heads_count;
-    const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
-    const T* q = head_rows<const T>(p.q, batch, head) + c * 8;
-    ptx::cp_async_16(queries + Tile::chunk(row, c), q, used);
-  }
+  const auto copy_queries = [&] {  // behind keys, which take longer to come
+    constexpr uint32_t kChunks = DecodeSet::kMaxHeads * Tile::kRowChunks;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < kChunks; i += 32 * kWarps) {
+      const int row = i / Tile::kRowChunks, c = i % Tile::kRowChunks;
+      const bool used = row < set.heads_count;
+      const int64_t head = used ? p.slot_heads[set.first_slot + row] : 0;
+      const T* q = head_rows<const T>(p.q, batch, head) + c * 8;
+      ptx::cp_async_16(queries + Tile::chunk(row, c), q, used);
+    }
+  };
 
   char* stages = shared + Tile::kQueryBytes + warp * Tile::kWarpBytes;
   const RowCopies<T, Tile> copies(k, k_view.row_stride, v, v_view.row_stride);
@@ -56,6 +60,7 @@ __device__ void attend_split(const DecodeParams& p, const DecodeSet& set, int64_
     const int position = first + s * kStride, row = key_row(position);
     seen[s] = __ballot_sync(0xffffffffu, row >= 0);
     if (position < range.end) copies.begin(stages + s * Tile::kStageBytes, row);
+    if (s == 0) copy_queries();
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<kAhead - 1>();
