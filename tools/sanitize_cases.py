@@ -49,7 +49,10 @@ def few_keys(dim: int, dtype: torch.dtype) -> None:
     for batch, keys in ((2, 1), (2, 50), (2, 100), (2, 250), (150, 400)):
         q, k, v = (draw(batch, h, n, dim, dtype=dtype) for h, n in ((6, 1), (2, keys), (2, keys)))
         start = torch.arange(batch, device=CUDA) % (keys + 1)
-        ops.decode(q, k, v, [0, 3, 4], keys, keys, 0, dim**-0.5, start=start)
+        rest = keys, keys, 0, dim**-0.5
+        ops.decode(q, k, v, [0, 3, 4], *rest, start=start)
+        none, local = k[:, :0], dict(k_local=k, v_local=v, length=keys)
+        ops.decode(q, none, none, [], *rest, start=start, **local)
 
 
 def coded_half(k_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

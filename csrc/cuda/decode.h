@@ -40,7 +40,7 @@ struct DecodeParams {
   const int32_t* counts_ptr;   // [B, lists]
   int64_t batch, heads, length, slots, dim;
   int64_t lists, capacity, block_size;
-  int64_t window, near_window, sinks;  // like slots in [0, length]
+  int64_t window, near_window, sinks;  // as slots, length at most
   float scale;
   int splits;  // of the keys of each set
   int sets_count = 0, slots_count = 0;

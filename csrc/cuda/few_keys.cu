@@ -16,7 +16,7 @@ bool sees_all(const DecodeParams& p, const DecodeSet& set) {
                                           : set.keys == DecodeKeys::kNear && near_is_all;
 }
 
-/// Head by head, as the sets' order is another one.
+/// By heads in ascending order, in which `p.sets` are not.
 void fill_sets(const DecodeParams& p, FewKeysParams& few) {
   FewKeysSet of_head[DecodeParams::kMaxHeads];
   for (const DecodeSet* set = p.sets; set < p.sets + p.sets_count; ++set) {
@@ -40,8 +40,9 @@ void fill_sets(const DecodeParams& p, FewKeysParams& few) {
   }
 }
 
-/// Warps of a block, measured on an H200; 0 where launch_decode is quicker. Rows of 256 in so many
-/// blocks that one of eight warps would wait for another are read by four warps, in turns.
+/// Warps of a block, by times on an H200; 0 where launch_decode is quicker. Blocks of eight warps
+/// that read rows of 256 leave no room for a second one on a multiprocessor: where they are more
+/// than these, blocks of four read 16 keys a warp again and again.
 int warps_for(int64_t keys, int64_t dim, int64_t blocks, int sm_count) {
   const bool waits = blocks > sm_count;
   if (keys <= 4 * kFewKeysOfWarp) return 4;

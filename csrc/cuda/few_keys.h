@@ -10,6 +10,7 @@ namespace rtpurbo::cuda {
 /// Query heads next to each other that read the same KV head.
 struct FewKeysSet {
   static constexpr int kMaxHeads = 8;
+  static_assert(DecodeParams::kMaxHeads - 1 <= UINT8_MAX, "numbers of heads");
   uint8_t first_head = 0, heads_count = 0;
   uint8_t kv_head = 0;      // of the tensor that is read
   bool from_local = false;  // reads the rings
@@ -33,7 +34,7 @@ struct FewKeysStep {
   unsigned batch;
 };
 
-/// Whether a step is one that is quicker so than by launch_decode.
+/// Whether launch_few_keys takes a step, and quicker than launch_decode; `step` is what it takes.
 bool plan_few_keys(const DecodeParams& params, int sm_count, FewKeysStep& step);
 
 /// A block for each set and sequence; there is nothing to merge.

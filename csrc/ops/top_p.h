@@ -13,8 +13,8 @@ namespace rtpurbo {
 /// min_members candidates that join by rank even when p is reached
 /// forced_lse  [rows] float32 (float64 for float64 scores): log-mass of members outside the row
 /// exact       the set of a stable descending sort; on CUDA it takes the sort. false may add
-///             members whose weights lie within 2.2 % of the last one's, as `select` does (CPU), or
-///             rounds weights to 17 bits, so that 2^-17 may be missing to p (CUDA)
+///             members whose weights lie within 2.2 % of the last one's, as in `select`; on CUDA
+///             it rounds weights to 17 bits: where none are added, 2^-17 may be missing to p
 /// returns     indices int32 [rows, N], ascending, -1 padded; counts int32 [rows];
 ///             mass [rows]: the recovered share. A NaN or +inf score selects every candidate and
 ///             gives a NaN mass; a row without any mass gives count 0 and mass 1.

@@ -15,17 +15,19 @@ BIN = math.log(2) / 32
 
 
 def wrong_rows(scores: torch.Tensor, exact: tuple, fast: tuple) -> list[int]:
-    """Rows where `fast` lacks more than the last member, or adds what is not of the last bin.
-
-    Where it adds none it may have one more, as weights are rounded.
+    """Rows where `fast` has others than the best, lacks more than one of `exact`, or adds more than
+    one that is not of the last bin: weights are rounded.
     """
     wrong = []
-    for row in range(scores.shape[0]):
+    for row, score in enumerate(scores.double()):
         own, got = (set(x[0][row, : x[1][row]].tolist()) for x in (exact, fast))
-        more = scores[row, sorted(got - own)].double()
-        last = scores[row, sorted(own)].double().amin() if own else more
-        added = len(more) <= len(own) // 4 + 32 and (more > last - BIN - 1e-6).all()
-        if len(own - got) > (len(more) == 0) or (len(more) > 1 and not added):
+        inside = torch.zeros(len(score), dtype=torch.bool)
+        inside[list(got)] = True
+        best = inside.all() or not got or score[inside].amin() >= score[~inside].amax()
+        more = score[sorted(got - own)]
+        fits = len(more) <= len(own) // 4 + 32
+        of_bin = own and fits and (more > score[sorted(own)].amin() - BIN - 1e-6).all()
+        if not best or len(own - got) > (not len(more)) or not (len(more) <= 1 or of_bin):
             wrong.append(row)
     return wrong
 

@@ -86,7 +86,7 @@ DecodeArguments::DecodeArguments(const char* op, bool listed, const at::Tensor& 
       .batch = q.size(0),
       .heads = q.size(1),
       .length = keys,
-      .slots = k_local ? k_local->size(2) : 0,
+      .slots = k_local ? std::min(k_local->size(2), keys) : 0,
       .dim = q.size(3),
       .lists = lists,
       .capacity = indices ? indices->size(3) : 0,
