@@ -1,16 +1,16 @@
 """Decode steps of few keys, all of which every head sees: a kernel of their own reads them."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 from rtpurbo import ops
 from tests import reference
 from tests.gpu.kernels import kernels_of
 from tests.gpu.repeats import assert_repeats
-from tests.gpu.views import on_cuda
+from tests.gpu.views import draw_features, on_cuda
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 DIMS = pytest.mark.parametrize("dim", [64, 128, 256])
@@ -21,25 +21,13 @@ MANY = 90
 """A batch of which two KV heads have more blocks than there are multiprocessors."""
 
 
-class Draw:
-    """Tensors [B, H, N, D] whose rows stand on 16 bytes, as the kernel takes them."""
-
-    def __init__(self, seed: int, dim: int, dtype: torch.dtype) -> None:
-        self.rng, self.dim, self.dtype = random.Random(seed), dim, dtype
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, batch: int, heads: int, rows: int) -> Tensor:
-        """Contiguous, as Hugging Face lays it out, or cut out of something larger."""
-        layout = self.rng.choice(["plain", "transposed", "cut"])
-        shape = (batch, heads, rows, self.dim)
-        if layout == "plain":
-            return torch.randn(shape, generator=self.generator).to(self.dtype)
-        if layout == "transposed":
-            shape = (batch, rows, heads, self.dim)
-            return torch.randn(shape, generator=self.generator).to(self.dtype).transpose(1, 2)
-        shape = (batch, heads + 1, rows + 2, self.dim + 16)
-        wide = torch.randn(shape, generator=self.generator).to(self.dtype)
-        return wide[:, 1:, 1 : rows + 1, 8 : self.dim + 8]
+def drawer(seed, dim, dtype):
+    """`draw(batch, heads, rows)` of tensors whose rows stand on 16 bytes, as the kernel takes them,
+    and what else is drawn by.
+    """
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rest = dict(dim=dim, dtype=dtype, before=8, behind=8)
+    return partial(draw_features, rng, generator, **rest), rng, generator
 
 
 def assert_is_reference(arguments, unseen):
@@ -61,13 +49,12 @@ def assert_is_reference(arguments, unseen):
 @DTYPES
 def test_every_head_sees_every_key(dtype, dim, keys, many):
     for seed in range(1 if many else 4):
-        draw = Draw(seed * 1000 + keys + dim, dim, dtype)
-        rng = draw.rng
+        draw, rng, generator = drawer(seed * 1000 + keys + dim, dim, dtype)
         batch = MANY if many else rng.randint(1, 5)
         kv_heads = 2 if many else rng.randint(1, 3)
         heads = kv_heads * (rng.choice([1, 3]) if many else rng.choice([1, 2, 3, 5, 7, 8, 9, 16]))
         q, k, v = draw(batch, heads, 1), draw(batch, kv_heads, keys), draw(batch, kv_heads, keys)
-        start = torch.randint(0, keys + 2, (batch,), generator=draw.generator)  # or see nothing
+        start = torch.randint(0, keys + 2, (batch,), generator=generator)  # or see nothing
         sinks, near_window = rng.choice([(0, keys), (4, keys), (4, max(1, keys - 4))])
         arguments = dict(
             q=q, k=k, v=v, retrieval_heads=sorted(rng.sample(range(heads), rng.randint(0, heads))),
@@ -84,9 +71,9 @@ def test_every_head_sees_every_key(dtype, dim, keys, many):
 @DTYPES
 def test_some_heads_read_rings(dtype, dim, keys, ring):
     """The keys of a KV head without retrieval heads stand in a ring, or the last of them."""
-    draw = Draw(keys * dim, dim, dtype)
-    group = draw.rng.choice([1, 3, 8])
-    window = max(1, keys // 2 if ring == "shorter" else keys + draw.rng.choice([0, 1, 50]))
+    draw, rng, _ = drawer(keys * dim, dim, dtype)
+    group = rng.choice([1, 3, 8])
+    window = max(1, keys // 2 if ring == "shorter" else keys + rng.choice([0, 1, 50]))
     whole = 0 if ring == "alone" else 1
     k, v = draw(3, whole, keys), draw(3, whole, keys)
     rings = [draw(3, 2, window + 4) for _ in "kv"]
@@ -102,7 +89,7 @@ def test_some_heads_read_rings(dtype, dim, keys, ring):
 
 @pytest.mark.parametrize("kv_heads", [256, 32])
 def test_256_heads(kv_heads):
-    draw = Draw(kv_heads, 64, torch.bfloat16)
+    draw, *_ = drawer(kv_heads, 64, torch.bfloat16)
     q, k, v = draw(1, 256, 1), draw(1, kv_heads, 50), draw(1, kv_heads, 50)
     rest = dict(window=50, near_window=50, sinks=0, scale=0.125)
     assert_is_reference(dict(q=q, k=k, v=v, retrieval_heads=[3, 255], **rest), {})

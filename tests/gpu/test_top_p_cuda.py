@@ -9,9 +9,7 @@ import torch
 from rtpurbo import ops
 from tests import reference
 from tests.gpu.repeats import assert_repeats
-
-BIN = math.log(2) / 32
-"""Of log-weights; `select` and `top_p` may add its rest."""
+from tests.properties import BIN
 
 
 def wrong_rows(scores: torch.Tensor, exact: tuple, fast: tuple) -> list[int]:

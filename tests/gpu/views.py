@@ -23,12 +23,14 @@ def on_cuda(value: Any) -> Any:
     return value
 
 
-def draw_features(rng, generator, batch, heads, rows, dim, dtype):
-    """[B, H, M, D]: contiguous, as Hugging Face lays it out, or cut out of something larger."""
+def draw_features(rng, generator, batch, heads, rows, dim, dtype, before=3, behind=2):
+    """[B, H, M, D]: contiguous, as Hugging Face lays it out, or cut out of something larger, in
+    which `before` and `behind` elements are around a row.
+    """
     layout = rng.choice(["plain", "transposed", "cut"])
     if layout == "plain":
         return torch.randn(batch, heads, rows, dim, generator=generator).to(dtype)
     if layout == "transposed":
         return torch.randn(batch, rows, heads, dim, generator=generator).to(dtype).transpose(1, 2)
-    wide = torch.randn(batch, heads + 1, rows + 2, dim + 5, generator=generator).to(dtype)
-    return wide[:, 1:, 1 : rows + 1, 3 : dim + 3]
+    wide = torch.randn(batch, heads + 1, rows + 2, before + dim + behind, generator=generator)
+    return wide.to(dtype)[:, 1:, 1 : rows + 1, before : before + dim]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rtpurbo import ops
 from tests import reference
+from tests.properties import BIN
 
 
 @given(
@@ -49,7 +50,7 @@ def test_fast_mode_adds_at_most_one_bin(n, p, seed):
     more = set(fast[0, : fast_count[0]].tolist())
     assert chosen <= more
     threshold = min(scores[0, i].item() for i in chosen)
-    assert all(scores[0, i] >= threshold - math.log(2) / 32 - 1e-6 for i in more)
+    assert all(scores[0, i] >= threshold - BIN - 1e-6 for i in more)
 
 
 @pytest.mark.parametrize("n, more", [(8, 8), (32, 32), (33, 17), (1000, 500)])
